@@ -1,0 +1,217 @@
+"""An exported graph against the torch model: the same random tokens, an empty and a filled cache, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from passes.export.causal_lm import CausalLM, reference_causal_lm, torch_view
+from pipeline import Artifact, Interface, PassContext, PipelineError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+SEED = 0
+BATCH = 2
+CALLS = (7, 3, 1)
+"""Tokens of each call: a prompt into an empty cache, a longer continuation, a single token."""
+
+
+def verify_against_torch(
+    model: ir.Model, artifact: Artifact, interface: Interface, *, tolerance: float, context: PassContext
+) -> dict[str, float]:
+    """Run graph and torch model call by call, each continuing from its own cache, and compare all outputs.
+
+    The error of an output is its largest absolute difference over the standard deviation of torch's values.
+    Returns the largest error of each call, by its shape.
+
+    Raises: PipelineError where an error is above `tolerance` or not a number, or ONNX Runtime refuses the graph.
+    """
+    import numpy as np
+
+    assert interface.vocab_size is not None and interface.cache is not None
+    tokens = np.random.default_rng(SEED).integers(0, interface.vocab_size, (BATCH, sum(CALLS)), dtype=np.int64)
+    graph, reference = _Graph(model, interface, context.threads), _Torch(artifact, interface)
+    errors: dict[str, float] = {}
+    past = 0
+    with _torch_threads(context.threads):
+        for count in _calls(interface.max_length):
+            chunk = tokens[:, past : past + count]
+            shape = f"batch {BATCH}, {count} tokens, past {past}"
+            got, expected = graph.step(chunk, past), reference.step(chunk, past)
+            errors[shape] = _compare(got, expected, interface.outputs["logits"], shape, tolerance)
+            context.logger.info("%s: largest error %.1e of the standard deviation", shape, errors[shape])
+            past += count
+    return errors
+
+
+def _calls(max_length: int | None) -> Iterator[int]:
+    """Token counts of the calls, cut so that all together fit the model."""
+    room = max_length or sum(CALLS)
+    for position, count in enumerate(CALLS):
+        later = len(CALLS) - position - 1
+        if room > 0:
+            fitting = max(1, min(count, room - later))
+            room -= fitting
+            yield fitting
+
+
+def _compare(
+    got: dict[str, np.ndarray], expected: dict[str, np.ndarray], logits: str, shape: str, tolerance: float
+) -> float:
+    """The largest error of all outputs."""
+    import numpy as np
+
+    largest = 0.0
+    for name, reference in expected.items():
+        given = got[name]
+        if name != logits:
+            given = given[:, :, given.shape[2] - reference.shape[2] :]
+        difference = np.abs(given - reference)
+        error = float(difference.max()) / (float(reference.std()) or 1.0)
+        if not error <= tolerance:  # not a number, too
+            where = np.unravel_index(int(np.argmax(difference)), difference.shape)
+            index = ", ".join(str(int(i)) for i in where)
+            raise PipelineError(
+                f"the exported graph differs from torch with {shape}: {name}[{index}] is "
+                f"{float(given[where]):.6g}, torch gives {float(reference[where]):.6g}; the difference is "
+                f"{error:.2g} of the standard deviation, and {tolerance:.2g} is allowed",
+                hint="raise `tolerance` only if this much is acceptable; an error near 1 is a wrong graph",
+            )
+        largest = max(largest, error)
+    return largest
+
+
+class _Graph:
+    """The graph in ONNX Runtime and the cache it has filled."""
+
+    def __init__(self, model: ir.Model, interface: Interface, threads: int) -> None:
+        import numpy as np
+
+        self._interface = interface
+        self._session, self._weights = _session(model, threads)
+        cache = interface.cache
+        assert cache is not None
+        empty = np.zeros((BATCH, cache.kv_heads, 0, cache.head_dim), np.float32)
+        self._past = {name: empty for role, name in interface.inputs.items() if role.startswith("past.")}
+
+    def step(self, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
+        """Outputs for tokens [B, S] after `past` others, by name."""
+        inputs, outputs = self._interface.inputs, self._interface.outputs
+        mask, positions = _mask_and_positions(tokens, past)
+        feeds = {
+            inputs["tokens"]: tokens,
+            inputs["mask"]: mask,
+            inputs["positions"]: positions,
+            **self._past,
+        }
+        names = list(outputs.values())
+        result = dict(zip(names, self._session.run(names, feeds), strict=True))
+        self._past = {
+            inputs[role.replace("present", "past")]: result[name]
+            for role, name in outputs.items()
+            if role.startswith("present.")
+        }
+        return result
+
+
+class _Torch:
+    """The torch model in float32 and the cache it has filled, of which sliding layers keep the last positions only."""
+
+    def __init__(self, artifact: Artifact, interface: Interface) -> None:
+        from transformers import DynamicCache
+
+        self._model: CausalLM = reference_causal_lm(artifact)
+        self._interface = interface
+        self._cache = DynamicCache(config=self._model.module.config)  # as transformers itself would
+
+    def step(self, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
+        """Outputs for tokens [B, S] after `past` others, by the graph's names."""
+        import torch
+
+        mask, positions = _mask_and_positions(tokens, past)
+        extra = {"position_ids": torch.from_numpy(positions)} if self._model.takes_positions else {}
+        with torch.no_grad():
+            result = self._model.module(
+                input_ids=torch.from_numpy(tokens),
+                attention_mask=torch.from_numpy(mask),
+                past_key_values=self._cache,
+                use_cache=True,
+                **extra,
+            )
+        outputs = {"logits": result.logits.numpy()}
+        for i, layer in enumerate(self._cache.layers):
+            outputs[self._interface.outputs[f"present.k[{i}]"]] = layer.keys.numpy()
+            outputs[self._interface.outputs[f"present.v[{i}]"]] = layer.values.numpy()
+        return outputs
+
+
+def _mask_and_positions(tokens: np.ndarray, past: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [B, past + S] of ones, and int64 [B, S] counting from `past`."""
+    import numpy as np
+
+    batch, count = tokens.shape
+    mask = np.ones((batch, past + count), np.int64)
+    positions = np.broadcast_to(np.arange(past, past + count, dtype=np.int64), (batch, count))
+    return mask, np.ascontiguousarray(positions)
+
+
+def _session(model: ir.Model, threads: int) -> tuple[Any, list[Any]]:
+    """(ONNX Runtime session of the graph, the mapped weights that it reads).
+
+    Nothing is folded or repacked: weights stay where they are mapped, and one at a time is cast or transposed.
+
+    Raises: PipelineError where ONNX Runtime refuses the graph.
+    """
+    import onnx_ir as ir
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 3
+    values = [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
+    tensors = [v.const_value for v in values]
+    weights = [_ort_value(tensor) for tensor in tensors]
+    if values:
+        options.add_external_initializers([str(v.name) for v in values], weights)
+    try:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=str(value.name)
+            )
+        data = ir.to_proto(model).SerializeToString()
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
+    try:
+        session = onnxruntime.InferenceSession(
+            data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+        )
+    except Exception as error:  # the runtime's exceptions share no base of their own
+        raise PipelineError(f"ONNX Runtime refuses the exported graph: {str(error).partition(chr(10))[0]}") from error
+    return session, weights
+
+
+def _ort_value(tensor: ir.TensorProtocol) -> Any:
+    import numpy as np
+    from onnxruntime import OrtValue
+
+    array = tensor.numpy()
+    if array.dtype.name == "bfloat16":
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(tensor.dtype))
+    return OrtValue.ortvalue_from_numpy(array)
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,171 @@
+"""Weights in blocks of few-bit integers: round to nearest, one scale (and zero point) a block.
+
+The layout is that of the operator com.microsoft.MatMulNBits (ONNX Runtime, docs/ContribOperators.md): for a weight
+[N, K] in blocks of `block_size` along K, the last one padded,
+
+    codes        uint8    [N, blocks, block_size * bits / 8]   lower code in the lower bits
+    scales       float32  [N, blocks]
+    zero_points  uint8    [N, ceil(blocks * bits / 8)]         packed likewise; 2^(bits-1) where there are none
+
+and weight = (code - zero_point) * scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CHUNK_VALUES = 1 << 18
+"""Weights handled at a time by a thread, so that its temporaries stay in the cache."""
+
+
+@dataclass(frozen=True)
+class BlockQuantized:
+    """A quantized weight in the layout above; `zero_points` is None where it is symmetric."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+
+
+def quantize_blocks(
+    weight: np.ndarray, *, bits: int, block_size: int, symmetric: bool, threads: int = 1
+) -> BlockQuantized:
+    """Quantize a weight [N, K] of any float data type.
+
+    Symmetric: the block's value of largest magnitude gets the code 0, so that all 2^bits codes are used on its side,
+    and the other side ends at 2^bits - 1. Asymmetric: the codes span the block's values and zero.
+
+    Raises: ValueError where the weight holds a value that is not finite.
+    """
+    import numpy as np
+
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    codes = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
+    scales = np.empty((rows, blocks), np.float32)
+    zeros = None if symmetric else np.empty((rows, blocks), np.uint8)
+    step = max(1, CHUNK_VALUES // (blocks * block_size))
+
+    def chunk(start: int) -> None:
+        part = slice(start, start + step)
+        values = _blocked(weight[part], blocks, block_size)
+        if zeros is None:
+            codes[part] = _pack(_symmetric(values, bits, scales[part]), bits)
+        else:
+            codes[part] = _pack(_asymmetric(values, bits, scales[part], zeros[part]), bits)
+
+    _for_each(chunk, range(0, rows, step), threads)
+    if not np.isfinite(scales).all():
+        raise ValueError("the weight holds values that are not finite")
+    if zeros is not None and bits < 8:
+        zeros = _pack(_padded(zeros, 8 // bits), bits)
+    return BlockQuantized(codes, scales, zeros)
+
+
+def dequantize_blocks(quantized: BlockQuantized, *, bits: int, columns: int) -> np.ndarray:
+    """The float32 weight [N, columns] that the codes stand for."""
+    import numpy as np
+
+    rows, blocks, _ = quantized.codes.shape
+    codes = _unpack(quantized.codes, bits).astype(np.float32)
+    zeros: np.ndarray | float = float(1 << (bits - 1))
+    if quantized.zero_points is not None:
+        zeros = _unpack(quantized.zero_points, bits)[:, :blocks, None].astype(np.float32)
+    weight = (codes - zeros) * quantized.scales[..., None]
+    return np.ascontiguousarray(weight.reshape(rows, -1)[:, :columns])
+
+
+def _blocked(rows: np.ndarray, blocks: int, block_size: int) -> np.ndarray:
+    """float32 [n, blocks, block_size], padded with zeros; a new array."""
+    import numpy as np
+
+    count, columns = rows.shape
+    if columns == blocks * block_size:
+        return np.array(rows, np.float32, order="C").reshape(count, blocks, block_size)
+    values = np.zeros((count, blocks * block_size), np.float32)
+    values[:, :columns] = rows
+    return values.reshape(count, blocks, block_size)
+
+
+def _symmetric(values: np.ndarray, bits: int, scales: np.ndarray) -> np.ndarray:
+    """Codes of `values`, which are used up; fills `scales`."""
+    import numpy as np
+
+    middle = 1 << (bits - 1)
+    high, low = values.max(axis=-1), values.min(axis=-1)
+    np.divide(np.where(high > -low, high, low), -middle, out=scales)
+    values *= _inverse(scales)[..., None]
+    values += middle
+    return _rounded(values, bits)
+
+
+def _asymmetric(values: np.ndarray, bits: int, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+    """Codes of `values`, which are used up; fills `scales` and `zeros`."""
+    import numpy as np
+
+    largest = (1 << bits) - 1
+    high, low = np.maximum(values.max(axis=-1), 0), np.minimum(values.min(axis=-1), 0)
+    np.divide(high, largest, out=scales)
+    scales -= low / largest
+    inverse = _inverse(scales)
+    zeros[...] = _rounded(-low * inverse, bits)
+    values *= inverse[..., None]
+    values += zeros[..., None]
+    return _rounded(values, bits)
+
+
+def _inverse(scales: np.ndarray) -> np.ndarray:
+    """1 / scales, and 0 where that is not finite: a block of zeros, or of values too small to tell from them."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        inverse = 1 / scales
+    inverse[~np.isfinite(inverse)] = 0
+    return inverse
+
+
+def _rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    import numpy as np
+
+    np.rint(values, out=values)
+    np.clip(values, 0, (1 << bits) - 1, out=values)
+    with np.errstate(invalid="ignore"):  # a weight that is not finite is refused once its scales are seen
+        return values.astype(np.uint8)
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes along the last axis, 8 / bits to a byte, the first in the lowest bits."""
+    if bits == 8:
+        return codes
+    packed = codes[..., 1::2] << 4
+    packed |= codes[..., 0::2]
+    return packed
+
+
+def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    import numpy as np
+
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _padded(codes: np.ndarray, multiple: int) -> np.ndarray:
+    import numpy as np
+
+    return np.pad(codes, ((0, 0), (0, -codes.shape[1] % multiple)))
+
+
+def _for_each(function: Callable[[int], None], items: range, threads: int) -> None:
+    if threads == 1 or len(items) == 1:
+        for item in items:
+            function(item)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(function, items))

@@ -1,0 +1,64 @@
+"""Declarative optimization of models: a YAML recipe in, an optimized model and the evidence for it out.
+
+The names below are the public ones: what the author of a pass and a user of the Python API import. They load on first
+use, so that importing `pipeline` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import Field
+
+    from pipeline.artifact import Artifact, CacheLayout, Component, FileEntry, Interface, Manifest, TensorRef
+    from pipeline.errors import HostError, PipelineError, RecipeError, StageError
+    from pipeline.onnx_model import load_onnx, new_tensor, referenced_tensor, save_onnx
+    from pipeline.plugin import Pass, PassContext, PassParams, Requires
+    from pipeline.recipe import load_recipe
+    from pipeline.runtime import load_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "pydantic": ["Field"],
+    "pipeline.artifact": ["Artifact", "CacheLayout", "Component", "FileEntry", "Interface", "Manifest", "TensorRef"],
+    "pipeline.errors": ["HostError", "PipelineError", "RecipeError", "StageError"],
+    "pipeline.onnx_model": ["load_onnx", "new_tensor", "referenced_tensor", "save_onnx"],
+    "pipeline.plugin": ["Pass", "PassContext", "PassParams", "Requires"],
+    "pipeline.recipe": ["load_recipe"],
+    "pipeline.runtime": ["load_model"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Artifact",
+    "CacheLayout",
+    "Component",
+    "Field",
+    "FileEntry",
+    "HostError",
+    "Interface",
+    "Manifest",
+    "Pass",
+    "PassContext",
+    "PassParams",
+    "PipelineError",
+    "RecipeError",
+    "Requires",
+    "StageError",
+    "TensorRef",
+    "load_model",
+    "load_onnx",
+    "load_recipe",
+    "new_tensor",
+    "referenced_tensor",
+    "save_onnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -1,0 +1,66 @@
+"""The command line: one module per verb. Each parses, calls and prints; none imports the engine before it is needed."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from pipeline.cli import cache, hardware, passes, plan, report, run, schema, why
+from pipeline.cli.output import fail
+
+app = typer.Typer(
+    name="pipeline",
+    help="Optimize models by recipe: run passes, and measure what each of them really did.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run_verb)
+app.command("plan")(plan.plan_verb)
+app.command("why")(why.why_verb)
+app.command("report")(report.report_verb)
+app.add_typer(passes.app, name="passes")
+app.add_typer(hardware.app, name="hardware")
+app.add_typer(cache.app, name="cache")
+app.command("schema")(schema.schema_verb)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pipeline import __version__
+
+        typer.echo(f"pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit: 0 well, 1 gate, 2 recipe or command line, 3 stage, 4 host, 130 interrupted."""
+    from pipeline.errors import PipelineError
+
+    try:
+        code = app(standalone_mode=False)
+    except PipelineError as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        typer.echo("interrupted; finished stages stay in the store", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left, for example `head`
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        show = getattr(error, "show", None)  # what typer raises for a wrong command line
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,83 @@
+"""`pipeline hardware`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import JsonOption
+
+app = typer.Typer(help="Hardware profiles, and this machine.", invoke_without_command=True, no_args_is_help=False)
+
+
+@app.callback()
+def list_verb(context: typer.Context, json: JsonOption = False) -> None:
+    """List the hardware profiles."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.cli.output import console, print_json
+    from pipeline.hardware import describe_host, load_profile, profile_names
+
+    host = describe_host()
+    profiles = [load_profile(name, host=host) for name in [*profile_names(), "local"]]
+    if json:
+        print_json([p.model_dump(mode="json") for p in profiles])
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("profile", "device", "model"):
+        table.add_column(column)
+    for column in ("cores", "memory", "bandwidth"):
+        table.add_column(column, justify="right")
+    for p in profiles:
+        memory = f"{p.memory_bytes / 2**30:.0f} GiB" if p.memory_bytes else "–"
+        bandwidth = f"{p.bandwidth_gb_per_s:.0f} GB/s" if p.bandwidth_gb_per_s else "not measured"
+        table.add_row(p.name, p.device, escape(p.model), str(p.physical_cores or "–"), memory, bandwidth)
+    console().print(table)
+
+
+@app.command("show")
+def show_verb(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A profile's name or file, or local.")] = "local",
+    probe: Annotated[bool, typer.Option("--probe", help="Measure this machine again.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show a profile and where each figure comes from. `local` is measured the first time."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.cli.output import console, print_json
+    from pipeline.hardware import describe_host, load_profile, local_profile
+    from pipeline.hardware.probe import default_folder
+    from pipeline.hardware.probe import probe as measure
+
+    host = describe_host()
+    if name == "local":
+        profile = local_profile(host, measure(host, default_folder(), again=probe))
+    else:
+        profile = load_profile(name, host=host)
+    if json:
+        print_json(profile.model_dump(mode="json"))
+        return
+    output = console()
+    output.print(f"[bold]{escape(profile.name)}[/]  {escape(profile.description)}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("figure", "value", "source"):
+        table.add_column(column)
+    values = profile.model_dump(mode="json", exclude={"name", "description", "sources"})
+    for field, value in values.items():
+        table.add_row(field, escape(_in_words(value)), escape(profile.sources.get(field, "")))
+    output.print(table)
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v if v is not None else 'none'}" for k, v in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,23 @@
+"""Options and arguments that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. passes.int4.bits=8. May be repeated."),
+]
+UntilOption = Annotated[
+    str | None, typer.Option("--until", metavar="STAGE", help="Only the stages listed up to this one.")
+]
+OnlyOption = Annotated[
+    str | None, typer.Option("--only", metavar="STAGE", help="Only this stage and what it is made from.")
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Go on though the plan says that this host has too little memory or disk.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

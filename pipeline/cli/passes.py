@@ -1,0 +1,74 @@
+"""`pipeline passes`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import JsonOption
+
+app = typer.Typer(help="The passes that are installed.", invoke_without_command=True, no_args_is_help=False)
+
+
+@app.callback()
+def list_verb(context: typer.Context, json: JsonOption = False) -> None:
+    """List the passes that are installed."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.cli.output import console, print_json
+    from pipeline.passes_catalogue import describe_pass
+    from pipeline.plugin import Registry
+
+    registry = Registry()
+    described = [describe_pass(registry, name) for name in registry.names()]
+    if json:
+        print_json([d.model_dump(mode="json") for d in described])
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("pass", "takes", "yields", "what it does", "from"):
+        table.add_column(column)
+    for d in described:
+        what = d.summary if d.problem is None else f"cannot be used: {d.problem}"
+        table.add_row(d.name, ", ".join(d.accepts), d.produces or "", escape(what), escape(d.origin))
+    console().print(table)
+
+
+@app.command("show")
+def show_verb(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A pass's name.")], json: JsonOption = False
+) -> None:
+    """Show a pass: what it does, its parameters, what it needs."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.cli.output import console, print_json
+    from pipeline.errors import PipelineError
+    from pipeline.passes_catalogue import describe_pass
+    from pipeline.plugin import Registry
+
+    registry = Registry()
+    registry.info(name)
+    described = describe_pass(registry, name)
+    if json:
+        print_json(described.model_dump(mode="json"))
+        return
+    if described.problem is not None:
+        raise PipelineError(described.problem)
+    output = console()
+    output.print(f"[bold]{described.name}[/] (version {described.version}, from {escape(described.origin)})")
+    output.print(escape(described.documentation))
+    output.print(f"takes {', '.join(described.accepts)}, yields {described.produces}")
+    if described.libraries or described.depends_on:
+        output.print(f"its key holds the versions of {', '.join(described.libraries) or 'no library'}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("parameter", "type", "default", "description"):
+        table.add_column(column)
+    for p in described.parameters:
+        table.add_row(p.name, escape(p.type), escape(p.default), escape(p.description))
+    output.print(table)

@@ -1,0 +1,43 @@
+"""What goes to a worker and what comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.artifact import Artifact, Frozen, Manifest
+
+REQUEST = "request.json"
+RESULT = "result.json"
+
+
+class Request(Frozen):
+    """One stage, as a worker process gets it."""
+
+    stage: str
+    pass_name: str
+    params: dict[str, Any]
+    artifact: Manifest
+    inputs: dict[str, Manifest]
+    facets: dict[str, Any]
+    threads: int
+    blobs: str
+
+
+class Failure(Frozen):
+    """Why a pass could not do its work."""
+
+    message: str
+    hint: str | None = None
+    expected: bool  # False: an exception that the pass did not mean for its user
+
+
+class Answer(Frozen):
+    """What a worker writes when it is done: a manifest or a failure."""
+
+    manifest: Manifest | None = None
+    failure: Failure | None = None
+
+
+def describe(artifact: object) -> str:
+    """What a pass returned, for a message."""
+    return f"an artifact of format {artifact.format!r}" if isinstance(artifact, Artifact) else type(artifact).__name__

@@ -1,0 +1,398 @@
+"""What this host really delivers: read bandwidth and the rate of matrix products, measured once and kept.
+
+    python -m pipeline.hardware.probe --measure        # prints one line of JSON
+
+The measurement runs in a process of its own, since it imports torch and fills memory. Its figures are ceilings for a
+roofline, so each is the best of its repetitions, with their spread beside it. A noisy neighbour only ever lowers them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import HostError
+from pipeline.hardware.host import Host, describe_host
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Clock = Callable[[], float]
+"""Seconds that only go forward, as time.perf_counter."""
+
+_MIB = 1024**2
+_MEASURING_S = 3.0  # in all; starting Python, importing torch and filling memory come on top
+_WORKER_TIMEOUT_S = 180.0
+_SMALLEST_BUFFER_BYTES = 256 * _MIB
+_SWEEP_S = 0.025  # of uninterrupted reading in one repetition, beside which starting the threads is nothing
+_TRIAL_SIZE = 256
+_LARGEST_SIZE = 4096
+
+
+class Figure(BaseModel):
+    """One measured rate: the best of its repetitions, and how they spread."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    """The figure to use; which one of the repetitions it is, `statistic` says."""
+    statistic: Literal["best"] = "best"
+    median: float
+    low: float
+    high: float
+    repetitions: int
+
+    @classmethod
+    def best_of(cls, rates: Sequence[float]) -> Figure:
+        """The highest of these rates. Raises ValueError where there are none."""
+        if not rates:
+            raise ValueError("no repetition was measured")
+        return cls(
+            value=max(rates),
+            median=statistics.median(rates),
+            low=min(rates),
+            high=max(rates),
+            repetitions=len(rates),
+        )
+
+
+class ProbeResult(BaseModel):
+    """What the probe measured on one host."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    measured_at: datetime
+    host: Mapping[str, Any]
+    """The host's facets; a result stands for hosts with equal ones."""
+    threads: int
+    torch: str
+    """The version of torch whose kernels were timed."""
+    load_average_1m: float | None
+    """Before the measurement began."""
+    bandwidth_gb_per_s: Figure
+    """Reading memory beyond the caches with all threads; GB = 1e9 bytes."""
+    buffer_bytes: int
+    gemm_gflops: Mapping[str, Figure | None]
+    """Square matrix products by data type, 2 n^3 operations each; None where torch has no fast kernel here."""
+    gemm_kernels: Mapping[str, str]
+    """Which operator of torch, at which size, gave each rate."""
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether other work ran on the host when the probe began: its figures may then be too low."""
+        return self.load_average_1m is not None and self.load_average_1m >= 0.5
+
+
+# --- run once and keep -----------------------------------------------------------------------------------------------
+
+
+def default_folder() -> Path:
+    """Where results are kept: `probe` in $PIPELINE_STORE, else in the user's cache folder (XDG)."""
+    store = os.environ.get("PIPELINE_STORE")
+    if store:
+        return Path(store).expanduser() / "probe"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "pipeline" / "probe"
+
+
+def cached_probe(host: Host, folder: Path) -> ProbeResult | None:
+    """The result that is kept in `folder` for this host; None where there is none that can be read."""
+    try:
+        result = ProbeResult.model_validate_json(_result_path(host, folder).read_bytes())
+    except (OSError, ValidationError):
+        return None  # absent, damaged or of another schema: to be measured again
+    return result if result.host == host.facets() else None
+
+
+def probe(
+    host: Host, folder: Path, *, again: bool = False, measure: Callable[[], ProbeResult] | None = None
+) -> ProbeResult:
+    """Measure this host, or return the result kept in `folder`. A measurement takes about 6 s and all cores.
+
+    `again` measures even though there is a result. `measure` is what measures (default: `measure_in_worker`).
+    Raises HostError where the measurement fails.
+    """
+    kept = None if again else cached_probe(host, folder)
+    if kept is not None:
+        return kept
+    result = (measure or measure_in_worker)().model_copy(update={"host": host.facets()})
+    _write_aside(_result_path(host, folder), result.model_dump_json(indent=2) + "\n")
+    return result
+
+
+def _result_path(host: Host, folder: Path) -> Path:
+    facets = json.dumps(host.facets(), sort_keys=True, separators=(",", ":"))
+    return folder / f"{hashlib.sha256(facets.encode()).hexdigest()[:16]}.json"
+
+
+def _write_aside(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(aside).replace(path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def measure_in_worker(*, seconds: float = _MEASURING_S) -> ProbeResult:
+    """Run `measure` in a fresh Python process and return what it found. Raises HostError where that fails."""
+    # -P: a file in the current folder that is named like one of our modules, or like torch, must not be imported.
+    command = [sys.executable, "-P", "-m", "pipeline.hardware.probe", "--measure", "--seconds", str(seconds)]
+    try:
+        done = subprocess.run(
+            command, env=_worker_environment(), capture_output=True, text=True, timeout=_WORKER_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        message = f"the hardware probe did not end within {_WORKER_TIMEOUT_S:.0f} s"
+        raise HostError(message, hint="is the host overloaded or out of memory?") from error
+    if done.returncode != 0:
+        last_words = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
+        raise HostError(
+            f"the hardware probe failed (exit status {done.returncode}): {last_words[0]}",
+            hint="run `python -m pipeline.hardware.probe --measure` to see the whole message",
+        )
+    try:
+        return ProbeResult.model_validate_json(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValidationError) as error:
+        raise HostError("the hardware probe printed something else than its result") from error
+
+
+def _worker_environment() -> dict[str, str]:
+    """The environment in which the worker finds this very package, be it installed or in a checkout."""
+    environment = dict(os.environ)
+    here = str(Path(__file__).resolve().parents[2])
+    if here not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        before = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([here, before] if before else [here])
+    return environment
+
+
+# --- bandwidth -------------------------------------------------------------------------------------------------------
+
+
+def repeat(operation: Callable[[], object], *, seconds: float, clock: Clock, at_least: int = 3) -> list[float]:
+    """Run `operation` until `seconds` have passed, at least so many times; the duration of each run in seconds."""
+    durations: list[float] = []
+    begin = now = clock()
+    while len(durations) < at_least or now - begin < seconds:
+        before = now
+        operation()
+        now = clock()
+        durations.append(now - before)
+    return durations
+
+
+class ReadBandwidth:
+    """A buffer in memory and the threads that read it: `measure` as often as you like, then `close`.
+
+    Needs numpy only. `buffer_bytes` should be several times the last-level cache.
+    """
+
+    def __init__(self, *, threads: int, buffer_bytes: int = _SMALLEST_BUFFER_BYTES) -> None:
+        import numpy as np
+
+        self.threads = threads
+        words = max(1, buffer_bytes // 8 // threads)
+        self.buffer_bytes = words * 8 * threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-bandwidth")
+
+        # Written, not merely allocated: untouched pages are all one page of zeros, which never leaves the cache.
+        def fill(_: int) -> npt.NDArray[np.int64]:
+            return np.full(words, 1, dtype=np.int64)
+
+        self._parts = list(self._pool.map(fill, range(threads)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def measure(self, *, seconds: float, clock: Clock = time.perf_counter) -> list[float]:
+        """Read the buffer for about `seconds`; the rate of each repetition in GB/s (1e9 bytes)."""
+        once_s = min(repeat(lambda: self._read(1), seconds=0, clock=clock, at_least=2))
+        sweeps = max(1, round(min(_SWEEP_S, seconds / 4) / once_s)) if once_s > 0 else 1
+        durations = repeat(lambda: self._read(sweeps), seconds=seconds, clock=clock)
+        return [self.buffer_bytes * sweeps / duration / 1e9 for duration in durations]
+
+    def close(self) -> None:
+        """Let go of the threads and the memory."""
+        self._pool.shutdown()
+        self._parts.clear()
+
+    def _read(self, sweeps: int) -> None:
+        import numpy as np
+
+        def sweep(part: npt.NDArray[np.int64]) -> None:
+            # A maximum over integers: numpy runs it in SIMD at several times the speed of memory, without the GIL.
+            for _ in range(sweeps):
+                np.maximum.reduce(part)
+
+        for _ in self._pool.map(sweep, self._parts):
+            pass
+
+
+def quick_bandwidth(seconds: float = 0.2, *, host: Host | None = None, clock: Clock = time.perf_counter) -> Figure:
+    """Read bandwidth of this host now, in GB/s: a companion to a measurement, to tell a slow model from a slow hour.
+
+    Filling the buffer takes some time more than `seconds`; who calls it often keeps a `ReadBandwidth` instead.
+    """
+    host = host or describe_host()
+    with ReadBandwidth(threads=host.physical_cores, buffer_bytes=_buffer_bytes(host)) as bandwidth:
+        return Figure.best_of(bandwidth.measure(seconds=seconds, clock=clock))
+
+
+def _buffer_bytes(host: Host) -> int:
+    """Four times the last-level caches, and never more than a quarter of the memory that is free."""
+    wanted = max(_SMALLEST_BUFFER_BYTES, 4 * (host.l3_cache_bytes or 0))
+    return max(8 * _MIB, min(wanted, host.available_memory_bytes // 4))
+
+
+# --- matrix products -------------------------------------------------------------------------------------------------
+
+
+def measure(*, seconds: float = _MEASURING_S, clock: Clock = time.perf_counter) -> ProbeResult:
+    """Measure this host in this process. Imports torch and sets its number of threads: call it in a worker."""
+    host = describe_host()
+    with ReadBandwidth(threads=host.physical_cores, buffer_bytes=_buffer_bytes(host)) as bandwidth:
+        rates = bandwidth.measure(seconds=seconds / 4, clock=clock)
+        buffer_bytes = bandwidth.buffer_bytes
+
+    import torch
+
+    torch.set_num_threads(host.physical_cores)
+    torch.manual_seed(0)
+    gemm: dict[str, Figure | None] = {}
+    kernels: dict[str, str] = {}
+    float32_trial = 0.0
+    for data_type in ("float32", "bfloat16", "float16", "int8"):
+        trials = _trials(data_type, clock)
+        kernel = max(trials, key=lambda name: trials[name], default=None)
+        if data_type == "float32":
+            float32_trial = max(trials.values(), default=0.0)
+        # A data type without instructions of its own falls to a reference kernel, often a hundred times slower.
+        # It is not timed any further: one product of a fair size would take seconds.
+        if kernel is None or trials[kernel] < float32_trial / 8:
+            gemm[data_type] = None
+            continue
+        size, figure = _gemm_figure(data_type, kernel, seconds=seconds / 5, clock=clock)
+        float32 = gemm.get("float32")
+        slow = float32 is not None and figure.value < float32.value / 2
+        gemm[data_type] = None if slow else figure
+        if not slow:
+            kernels[data_type] = f"{kernel}, {size} x {size}"
+    return ProbeResult(
+        measured_at=datetime.now(UTC).replace(microsecond=0),
+        host=host.facets(),
+        threads=host.physical_cores,
+        torch=str(torch.__version__),
+        load_average_1m=host.load_average[0] if host.load_average else None,
+        bandwidth_gb_per_s=Figure.best_of(rates),
+        buffer_bytes=buffer_bytes,
+        gemm_gflops=gemm,
+        gemm_kernels=kernels,
+    )
+
+
+def _products(data_type: str, size: int) -> dict[str, Callable[[], object]]:
+    """The operators of torch that multiply two [size, size] matrices of this data type, by name."""
+    import torch
+
+    if data_type != "int8":
+        dtype: torch.dtype = getattr(torch, data_type)
+        left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        return {"torch.mm": lambda: torch.mm(left, right)}
+
+    signed = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+    unsigned = torch.randint(0, 256, (size, size), dtype=torch.uint8)
+
+    def packed() -> Callable[[], object]:
+        weight = torch.ops.onednn.qlinear_prepack(signed, [size, size])
+        scales, zero_points = torch.full((size,), 0.01), torch.zeros(size, dtype=torch.int64)
+
+        def multiply() -> object:
+            return torch.ops.onednn.qlinear_pointwise(
+                unsigned, 0.01, 128, weight, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+
+        return multiply
+
+    products: dict[str, Callable[[], object]] = {"torch._int_mm": lambda: torch._int_mm(signed, signed)}
+    # It raises where torch was built without oneDNN, or this CPU is none of oneDNN's.
+    with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
+        products["onednn.qlinear_pointwise"] = packed()
+    return products
+
+
+def _trials(data_type: str, clock: Clock) -> dict[str, float]:
+    """A first rate in GFLOP/s of each operator that works here, from small matrices."""
+    rates = {}
+    for name, multiply in _products(data_type, _TRIAL_SIZE).items():
+        try:
+            multiply()
+            durations = repeat(multiply, seconds=0, clock=clock)
+        except (RuntimeError, NotImplementedError):
+            continue  # no kernel for this data type on this CPU
+        rates[name] = _gflops(_TRIAL_SIZE, min(durations))
+    return rates
+
+
+def _gemm_figure(data_type: str, kernel: str, *, seconds: float, clock: Clock) -> tuple[int, Figure]:
+    """(size, rate in GFLOP/s) of one operator, at the largest size of which several products fit into `seconds`."""
+    size = 2 * _TRIAL_SIZE
+    while True:
+        multiply = _products(data_type, size)[kernel]
+        multiply()  # the first call picks and compiles the kernel
+        (once_s,) = repeat(multiply, seconds=0, clock=clock, at_least=1)
+        if size >= _LARGEST_SIZE or 8 * once_s > seconds / 4:
+            break
+        size *= 2
+    durations = repeat(multiply, seconds=seconds, clock=clock)
+    return size, Figure.best_of([_gflops(size, duration) for duration in durations])
+
+
+def _gflops(size: int, duration_s: float) -> float:
+    return 2 * size**3 / duration_s / 1e9
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`--measure` measures this host and prints the result as one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.hardware.probe", description=main.__doc__)
+    parser.add_argument("--measure", action="store_true", required=True)
+    parser.add_argument(
+        "--seconds", type=float, default=_MEASURING_S, help="how long to measure (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    print(measure(seconds=options.seconds).model_dump_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

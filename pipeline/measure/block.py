@@ -1,0 +1,117 @@
+"""Timed blocks of inference, as they run inside a worker."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.measure.workload import Point
+from pipeline.runtime import CausalLMRunner
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FLAT = 0.03
+"""A warm-up is over when the medians of its last two thirds differ by no more than this share."""
+
+LEAST_ITERATIONS = 6
+"""Iterations before flatness is judged."""
+
+Clock = Callable[[], int]
+"""Nanoseconds, monotonic."""
+
+
+class WarmUp(NamedTuple):
+    """What a warm-up saw: seconds of each iteration, and whether they were flat before the cap."""
+
+    seconds: list[float]
+    flat: bool
+
+
+def run_block(
+    runner: CausalLMRunner,
+    point: Point,
+    tokens: np.ndarray,
+    *,
+    min_s: float,
+    steps: int,
+    clock: Clock = time.perf_counter_ns,
+) -> list[float]:
+    """Seconds of each iteration of one block that takes at least `min_s` of timed work.
+
+    `tokens` are [B, prompt + new_tokens]. An iteration of prefill is one whole prompt, after one that is not timed, as
+    another stage used the caches meanwhile. An iteration of decode is one token; after each prompt, which is not
+    timed, exactly `steps` tokens follow, so that every stage decodes at the same positions.
+    """
+    seconds: list[float] = []
+    total = 0.0
+    with _no_garbage_collection():
+        for took in _iterations(runner, point, tokens, steps, clock):
+            seconds.append(took)
+            total += took
+            complete = point.kind == "prefill" or len(seconds) % steps == 0
+            if complete and total >= min_s:
+                return seconds
+    raise AssertionError("iterations do not end")
+
+
+def warm_up(
+    runner: CausalLMRunner,
+    point: Point,
+    tokens: np.ndarray,
+    *,
+    cap_s: float,
+    steps: int,
+    clock: Clock = time.perf_counter_ns,
+) -> WarmUp:
+    """Run iterations until their times are flat, or `cap_s` has passed and there were at least two."""
+    begin = clock()
+    seconds: list[float] = []
+    for took in _iterations(runner, point, tokens, steps, clock):
+        seconds.append(took)
+        if is_flat(seconds):
+            return WarmUp(seconds, True)
+        if len(seconds) >= 2 and (clock() - begin) / 1e9 >= cap_s:
+            break
+    return WarmUp(seconds, False)
+
+
+def is_flat(seconds: Sequence[float]) -> bool:
+    """Whether the medians of the last third and of the third before it differ by at most FLAT."""
+    if len(seconds) < LEAST_ITERATIONS:
+        return False
+    third = len(seconds) // 3
+    last, before = statistics.median(seconds[-third:]), statistics.median(seconds[-2 * third : -third])
+    return abs(last - before) <= FLAT * before
+
+
+def _iterations(runner: CausalLMRunner, point: Point, tokens: np.ndarray, steps: int, clock: Clock) -> Iterator[float]:
+    """Seconds of one timed iteration after another, for ever. Runners return when the device is done."""
+    prompt = tokens[:, : point.prompt]
+    runner.prefill(prompt)
+    while point.kind == "prefill":
+        begin = clock()
+        runner.prefill(prompt)
+        yield (clock() - begin) / 1e9
+    while True:
+        for step in range(steps):
+            token = tokens[:, point.prompt + step : point.prompt + step + 1]
+            begin = clock()
+            runner.decode(token)
+            yield (clock() - begin) / 1e9
+        runner.prefill(prompt)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,156 @@
+"""The parent's side of a worker: start it, ask it, and be sure that it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from pipeline.artifact import Artifact
+from pipeline.errors import StageError
+from pipeline.runtime import ExecutionSpec
+
+LOG_LINES = 12
+"""Last lines of the log that a failure shows."""
+
+
+@dataclass(frozen=True)
+class StageToMeasure:
+    """A stage's name, its artifact, and how to load it."""
+
+    name: str
+    artifact: Artifact
+    spec: ExecutionSpec
+
+
+class WorkerDiedError(StageError):
+    """The process ended without an answer."""
+
+
+class Worker:
+    """A process that loads one artifact and runs it; a context manager that leaves none behind.
+
+    It has a session of its own, so that Ctrl-C reaches only the parent, and the kernel ends it when the parent ends.
+    """
+
+    def __init__(self, name: str, spec: ExecutionSpec, log: Path) -> None:
+        self.name = name
+        self.log = log
+        self._spec = spec
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = str(spec.threads)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        with log.open("ab") as sink:
+            self._log_start = sink.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pipeline.measure.worker", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=sink,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def load(self, artifact: Artifact) -> dict[str, Any]:
+        """Load the artifact: load_s (imports not counted), vocab_size, max_length, environment.
+
+        Raises: StageError where it does not load; WorkerDiedError where the process ends.
+        """
+        return self.ask(
+            "load",
+            manifest=artifact.manifest.model_dump(mode="json"),
+            blobs=str(artifact.blobs.absolute()),
+            spec=self._spec.model_dump(mode="json"),
+        )
+
+    def ask(self, request: str, **fields: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer.
+
+        Raises: StageError with the worker's reason where it refuses; WorkerDiedError where it ends first.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"request": request, **fields}).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line.endswith(b"\n"):
+            raise self._death(request)
+        answer = json.loads(line)
+        if "ok" in answer:
+            result: dict[str, Any] = answer["ok"]
+            return result
+        raise StageError(f"{self.name}: {answer['error']['message']}", hint=answer["error"]["hint"])
+
+    def close(self) -> None:
+        """End the process and those that it started. Safe to call again."""
+        if self._process.returncode is None:  # not waited for yet, so the number is still its own
+            self._kill_group()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(BrokenPipeError):  # a request that it did not live to read
+                    stream.close()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _death(self, request: str) -> WorkerDiedError:
+        code = self._process.wait()
+        self._kill_group()  # those that it started
+        if code < 0:
+            name = signal.Signals(-code).name
+            how = f"was ended by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+        else:
+            how = f"ended with exit status {code}"
+        return WorkerDiedError(f"the process of {self.name} {how} during `{request}`", hint=self._log_tail())
+
+    def _log_tail(self) -> str:
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            lines = file.read().decode("utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        return "\n  ".join([f"last lines of {self.log}:", *lines]) if lines else f"{self.log} is empty"
+
+
+class WorkerProcess(Protocol):
+    """What the schedule needs of a worker; `Worker` is one."""
+
+    @property
+    def pid(self) -> int: ...
+    def load(self, artifact: Artifact) -> dict[str, Any]: ...
+    def ask(self, request: str, **fields: Any) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+StartWorker = Callable[[str, ExecutionSpec, Path], WorkerProcess]

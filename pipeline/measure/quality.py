@@ -1,0 +1,338 @@
+"""Paired quality: every stage scores the same held-out tokens, and is compared with the baseline token by token."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from pipeline.artifact import Artifact, Frozen
+from pipeline.errors import PipelineError, StageError
+from pipeline.measure.process import StageToMeasure, StartWorker, Worker
+from pipeline.measure.scoring import NLL, Scored, ScoreWork, windows_over
+
+if TYPE_CHECKING:
+    import numpy as np
+
+QualityVerdict = Literal["identical", "equivalent", "degraded", "broken"]
+
+KEPT_TOKENS = 2048
+"""Tokens whose whole distribution is kept for the baseline and compared."""
+
+KEPT_BYTES = 512 * 2**20
+"""Disk that the baseline's distributions may take; a large vocabulary keeps fewer tokens."""
+
+PROMPT_TOKENS = 16
+SAMPLE_TOKENS = 32
+
+BROKEN_PERPLEXITY_RATIO = 2.0
+BROKEN_TOP1_AGREEMENT = 0.5
+BROKEN_KL_DIVERGENCE = 0.1
+"""Nats. A stage that predicts other tokens than a baseline which hardly prefers any is not broken by that alone."""
+
+EQUIVALENT_PERPLEXITY_RATIO = 1.01
+EQUIVALENT_KL_DIVERGENCE = 0.01
+LEAST_BLOCKS = 8
+"""Stretches of text that the interval resamples."""
+
+
+class QualityWorkload(Frozen):
+    """How much of the text is scored, and how."""
+
+    window: int = Field(512, ge=2, description="tokens that a model sees at once")
+    stride: int = Field(256, ge=1, description="tokens from one window to the next")
+    tokens: int = Field(20000, ge=2, description="tokens of the text that are used, at most")
+
+
+class RatioInterval(Frozen):
+    """A ratio and its 95 % interval; None where a number is not finite."""
+
+    ratio: float | None
+    low: float | None
+    high: float | None
+
+
+class QualityComparison(Frozen):
+    """A stage against the baseline on the same tokens."""
+
+    perplexity_ratio: RatioInterval
+    kl_divergence: float | None = Field(description="mean of KL(baseline || stage) over the kept tokens, nats")
+    top1_agreement: float | None = Field(description="share of all scored tokens with the same most likely token")
+    max_abs_logit_error: float | None = Field(description="over the kept tokens; below float16's resolution it is 0")
+    first_divergence: int | None = Field(
+        description="first token of the greedy text that differs; None where none does"
+    )
+    verdict: QualityVerdict
+
+
+class StageQuality(Frozen):
+    """The quality of one stage."""
+
+    perplexity: float | None = Field(description="None where it is not finite")
+    tokens: int = Field(description="tokens that were scored")
+    non_finite_tokens: int = Field(0, description="those whose likelihood is not a number")
+    kept_tokens: int = Field(description="those whose whole distribution was compared")
+    window: int
+    stride: int
+    sample_prompt: str = ""
+    sample_text: str = Field("", description="greedy text after the prompt")
+    vs_baseline: QualityComparison | None = Field(None, description="None for the baseline")
+
+
+class QualityMeasurement(Frozen):
+    """Quality by stage; stages that could not be scored, with the reason."""
+
+    stages: dict[str, StageQuality]
+    failures: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def measure_quality(
+    stages: Sequence[StageToMeasure],
+    *,
+    baseline: str,
+    text: str,
+    logs: Path,
+    workload: QualityWorkload | None = None,
+    on_progress: Callable[[float, str], None] = lambda fraction, message: None,
+    start_worker: StartWorker = Worker,
+) -> QualityMeasurement:
+    """Score `text` at every stage, one process at a time, and compare each with the baseline.
+
+    The text is tokenized by the baseline's tokenizer.json, without special tokens. Where a model is shorter than the
+    window, the window shrinks for all, and a note says so. Predictions go through a temporary folder. Where the
+    baseline cannot be scored, no stage is, and all have its reason.
+
+    Raises: PipelineError where there is no such baseline, no tokenizer, or too little text.
+    """
+    import numpy as np
+
+    base = next((stage for stage in stages if stage.name == baseline), None)
+    if base is None:
+        raise PipelineError(f"the baseline {baseline!r} is none of the stages")
+    wanted = workload or QualityWorkload()
+    window, stride, notes = _fitting(wanted, [stage.artifact for stage in stages])
+    ids = tokenize(base.artifact, text, limit=wanted.tokens)
+    windows = windows_over(len(ids), window=window, stride=stride)
+    count = len(ids) - 1
+    prompt = tuple(ids[: min(PROMPT_TOKENS, window // 2)])
+    measured: dict[str, StageQuality] = {}
+    failures: dict[str, str] = {}
+
+    with tempfile.TemporaryDirectory(prefix="quality-") as name:
+        folder = Path(name)
+        np.save(folder / "tokens.npy", np.array(ids, dtype=np.int64))
+        kept: tuple[int, ...] = ()
+        scored: dict[str, Scored] = {}
+        ordered = [base, *(stage for stage in stages if stage is not base)]
+        for done, stage in enumerate(ordered):
+            on_progress(done / len(ordered), f"scoring {stage.name}")
+            if stage is not base and baseline in failures:
+                failures[stage.name] = f"the baseline could not be scored: {failures[baseline]}"
+                continue
+            try:
+                worker = start_worker(stage.name, stage.spec, logs / f"{stage.name}.log")
+                try:
+                    loaded = worker.load(stage.artifact)
+                    if stage is base:
+                        kept = kept_tokens(count, loaded["vocab_size"])
+                    work = ScoreWork(
+                        tokens=str(folder / "tokens.npy"),
+                        windows=windows,
+                        folder=str(folder / stage.name),
+                        baseline=None if stage is base else str(folder / baseline),
+                        kept=kept,
+                        prompt=prompt,
+                        new_tokens=min(SAMPLE_TOKENS, window - len(prompt)),
+                    )
+                    answer = worker.ask("score", work=work.model_dump(mode="json"))
+                finally:
+                    worker.close()
+            except StageError as error:
+                failures[stage.name] = str(error)
+                continue
+            scored[stage.name] = Scored.model_validate(answer)
+            nll = np.load(folder / stage.name / NLL)
+            comparison = None
+            if stage is not base:
+                comparison = compare_quality(
+                    nll, np.load(folder / baseline / NLL), scored[stage.name], scored[baseline].sample
+                )
+            measured[stage.name] = StageQuality(
+                perplexity=perplexity(nll),
+                tokens=len(nll),
+                non_finite_tokens=int(np.count_nonzero(~np.isfinite(nll))),
+                kept_tokens=len(kept),
+                window=window,
+                stride=stride,
+                sample_prompt=decode(base.artifact, prompt),
+                sample_text=decode(base.artifact, scored[stage.name].sample),
+                vs_baseline=comparison,
+            )
+    return QualityMeasurement(stages=measured, failures=failures, notes=notes)
+
+
+def tokenize(artifact: Artifact, text: str, *, limit: int) -> list[int]:
+    """The first `limit` token ids of the text by the artifact's tokenizer.json, without special tokens.
+
+    Raises: PipelineError where the artifact has no tokenizer.json, or the text has fewer than two tokens.
+    """
+    tokenizer = _tokenizer(artifact)
+    characters = limit * 8
+    while True:
+        ids: list[int] = tokenizer.encode(text[:characters], add_special_tokens=False).ids
+        if len(ids) > limit or characters >= len(text):  # one more: the last may be cut off
+            break
+        characters *= 2
+    if len(ids) < 2:
+        raise PipelineError(f"the evaluation text gives {len(ids)} tokens; at least 2 are needed")
+    return ids[:limit]
+
+
+def decode(artifact: Artifact, ids: Sequence[int]) -> str:
+    """The text of token ids."""
+    found: str = _tokenizer(artifact).decode(list(ids), skip_special_tokens=False)
+    return found
+
+
+def _tokenizer(artifact: Artifact) -> Any:
+    from tokenizers import Tokenizer
+
+    path = artifact.file("tokenizer.json")
+    if path is None:
+        raise PipelineError(
+            "the model has no tokenizer.json, so its quality on text cannot be measured",
+            hint="save the model's fast tokenizer beside it: AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)",
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def kept_tokens(count: int, vocab_size: int) -> tuple[int, ...]:
+    """Indices of the scored tokens whose distributions are kept: evenly spread, within KEPT_TOKENS and KEPT_BYTES."""
+    import numpy as np
+
+    rows = min(count, KEPT_TOKENS, max(1, KEPT_BYTES // (2 * vocab_size)))
+    return tuple(int(i) for i in np.linspace(0, count - 1, rows).round())
+
+
+def perplexity(nll: np.ndarray) -> float | None:
+    """exp of the mean negative log-likelihood (nats); None where that is not finite."""
+    mean = float(nll.mean())
+    return _finite(math.exp(mean)) if mean < 700 else None
+
+
+def compare_quality(
+    nll: np.ndarray, baseline_nll: np.ndarray, scored: Scored, baseline_sample: Sequence[int]
+) -> QualityComparison:
+    """A stage's tokens against the baseline's, both as negative log-likelihoods (float64, nats) in the same order."""
+    import numpy as np
+
+    ratio = perplexity_ratio(nll, baseline_nll)
+    identical = np.array_equal(nll, baseline_nll) and scored.max_abs_logit_error == 0.0 and scored.top1_agreement == 1.0
+    return QualityComparison(
+        perplexity_ratio=ratio,
+        kl_divergence=_finite(scored.kl_divergence),
+        top1_agreement=scored.top1_agreement,
+        max_abs_logit_error=_finite(scored.max_abs_logit_error),
+        first_divergence=first_divergence(scored.sample, baseline_sample),
+        verdict=quality_verdict(
+            ratio=ratio,
+            kl_divergence=_finite(scored.kl_divergence),
+            top1_agreement=scored.top1_agreement,
+            identical=identical,
+        ),
+    )
+
+
+def perplexity_ratio(nll: np.ndarray, baseline_nll: np.ndarray) -> RatioInterval:
+    """exp of the mean difference of the likelihoods, with a 95 % interval: BCa over contiguous stretches of the text.
+
+    Raises: ValueError where the two are not of the same tokens.
+    """
+    import warnings
+
+    import numpy as np
+    from scipy import stats
+
+    if nll.shape != baseline_nll.shape:
+        raise ValueError(f"likelihoods of {nll.size} and {baseline_nll.size} tokens are not paired")
+    difference = nll - baseline_nll
+    mean = float(difference.mean())
+    if not math.isfinite(mean) or mean > 700:
+        return RatioInterval(ratio=None, low=None, high=None)
+    blocks = np.array_split(difference, min(len(difference), max(LEAST_BLOCKS, len(difference) // 256)))
+    sums, counts = np.array([b.sum() for b in blocks]), np.array([float(len(b)) for b in blocks])
+    if len(blocks) < 2 or np.ptp(sums / counts) == 0.0:
+        return RatioInterval(ratio=math.exp(mean), low=math.exp(mean), high=math.exp(mean))
+
+    def statistic(sums: np.ndarray, counts: np.ndarray, axis: int) -> Any:
+        return sums.sum(axis=axis) / counts.sum(axis=axis)
+
+    low = high = math.nan
+    for method in ("BCa", "percentile"):  # BCa has no answer where the resamples hardly differ
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = stats.bootstrap(
+                (sums, counts),
+                statistic,
+                paired=True,
+                vectorized=True,
+                n_resamples=2000,
+                method=method,
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+        low, high = float(found.low), float(found.high)
+        if math.isfinite(low) and math.isfinite(high):
+            break
+    # the intervals of BCa need not hold the estimate
+    return RatioInterval(ratio=math.exp(mean), low=math.exp(min(low, mean)), high=math.exp(max(high, mean)))
+
+
+def first_divergence(sample: Sequence[int], baseline: Sequence[int]) -> int | None:
+    """Index of the first token that differs; None where none does."""
+    return next((i for i, (a, b) in enumerate(zip(sample, baseline, strict=True)) if a != b), None)
+
+
+def quality_verdict(
+    *, ratio: RatioInterval, kl_divergence: float | None, top1_agreement: float | None, identical: bool
+) -> QualityVerdict:
+    """What the figures say.
+
+    broken: a figure is not finite, the perplexity ratio exceeds BROKEN_PERPLEXITY_RATIO, or the most likely tokens
+    agree less often than BROKEN_TOP1_AGREEMENT while the divergence exceeds BROKEN_KL_DIVERGENCE. identical: bit for
+    bit. equivalent: the upper end of the perplexity ratio's interval is at most EQUIVALENT_PERPLEXITY_RATIO and the
+    divergence at most EQUIVALENT_KL_DIVERGENCE. degraded: anything else.
+    """
+    if ratio.ratio is None or ratio.high is None or kl_divergence is None or top1_agreement is None:
+        return "broken"
+    if ratio.ratio > BROKEN_PERPLEXITY_RATIO:
+        return "broken"
+    if top1_agreement < BROKEN_TOP1_AGREEMENT and kl_divergence > BROKEN_KL_DIVERGENCE:
+        return "broken"
+    if identical:
+        return "identical"
+    if ratio.high <= EQUIVALENT_PERPLEXITY_RATIO and kl_divergence <= EQUIVALENT_KL_DIVERGENCE:
+        return "equivalent"
+    return "degraded"
+
+
+def _fitting(wanted: QualityWorkload, artifacts: Sequence[Artifact]) -> tuple[int, int, tuple[str, ...]]:
+    """(window, stride, notes) that every model can take."""
+    limits = [artifact.interface.max_length for artifact in artifacts]
+    limit = min((length for length in limits if length is not None), default=wanted.window)
+    if limit >= wanted.window:
+        return wanted.window, wanted.stride, ()
+    stride = min(wanted.stride, max(1, limit // 2))
+    note = f"quality windows have {limit} tokens, stride {stride}, instead of {wanted.window}: a model takes no more"
+    return limit, stride, (note,)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

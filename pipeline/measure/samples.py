@@ -1,0 +1,81 @@
+"""Raw results of measuring speed: every sample is kept, none is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.artifact import Frozen
+from pipeline.measure.workload import Point
+
+
+class Sample(Frozen):
+    """One block of one stage in one round."""
+
+    stage: str
+    replica: int = Field(0, description="1 for the second worker of the baseline, which shows the noise")
+    launch: int = Field(description="which set of processes, from 0")
+    round: int = Field(description="within the launch, from 0; samples of a round were taken next to each other")
+    order: int = Field(description="position within the round, shuffled anew each time")
+    point: Point
+    seconds: tuple[float, ...] = Field(description="of each iteration: a whole batch of prompts, or one token each")
+    started_s: float = Field(description="of the clock of the schedule, monotonic")
+
+    @property
+    def latency_s(self) -> float:
+        """Mean seconds of an iteration."""
+        return sum(self.seconds) / len(self.seconds)
+
+
+class WarmUpSample(Frozen):
+    """The iterations before the first round of a launch."""
+
+    stage: str
+    replica: int = 0
+    launch: int
+    point: Point
+    seconds: tuple[float, ...]
+    flat: bool = Field(description="False where the cap came first")
+
+
+class LoadSample(Frozen):
+    """One load of an artifact in a new process, without the imports of libraries."""
+
+    stage: str
+    replica: int = 0
+    launch: int | None = Field(description="None for a load that was made only to be timed")
+    load_s: float
+    cold: bool = Field(description="True where the kernel had been told to drop the artifact's files from memory")
+    environment: dict[str, Any] = Field(default_factory=dict, description="threads and affinity as the worker saw them")
+
+
+class LoadTimes(Frozen):
+    """Seconds to load a stage; None where it was not measured."""
+
+    cold_s: float | None = None
+    warm_s: float | None = Field(None, description="median of the later loads")
+
+
+class SpeedMeasurement(Frozen):
+    """All that was seen while the stages ran."""
+
+    baseline: str
+    seed: int
+    launches: int = 0
+    rounds: int = Field(0, description="in all launches together; with groups, those of the longest")
+    decode_tokens: dict[str, int] = Field(
+        default_factory=dict, description="point -> tokens that a decode block takes after each prompt"
+    )
+    samples: tuple[Sample, ...] = ()
+    warm_ups: tuple[WarmUpSample, ...] = ()
+    load_samples: tuple[LoadSample, ...] = ()
+    load: dict[str, LoadTimes] = Field(default_factory=dict)
+    inference_peak_memory_bytes: dict[str, int] = Field(
+        default_factory=dict, description="anonymous and shared memory of the worker while it runs, not while it loads"
+    )
+    inference_peak_rss_bytes: dict[str, int] = Field(default_factory=dict)
+    failures: dict[str, str] = Field(default_factory=dict, description="stage -> why it was not measured to the end")
+    logs: dict[str, str] = Field(default_factory=dict, description="stage -> path of its workers' log")
+    notes: tuple[str, ...] = Field((), description="what a reader should know about how it went")
+    wall_s: float = 0.0

@@ -1,0 +1,142 @@
+"""The process that loads one artifact and runs it: `python -m pipeline.measure.worker PARENT_PID`.
+
+Requests come as JSON lines on standard input; each gets one JSON line, `{"ok": …}` or `{"error": …}`, on a private
+copy of standard output. Whatever libraries print goes to standard error, which the parent makes a log file. Between
+requests the process blocks in a read.
+
+    load   manifest, blobs, spec                     -> load_s, vocab_size, max_length, environment
+    warm_up   point, vocab_size, seed, steps, cap_s  -> seconds, flat
+    block  point, vocab_size, seed, steps, min_s     -> seconds
+    score  work (see pipeline.measure.scoring)       -> what score_windows returns
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.artifact import Artifact, Manifest
+from pipeline.errors import PipelineError
+from pipeline.measure.block import run_block, warm_up
+from pipeline.measure.workload import Point, fixed_tokens
+from pipeline.runtime import CausalLMRunner, ExecutionSpec, load_runner
+from pipeline.runtime.protocol import RUNNERS
+
+PR_SET_PDEATHSIG = 1
+RECORDED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Session:
+    """One loaded model and the requests that it answers."""
+
+    def __init__(self) -> None:
+        self._runner: CausalLMRunner | None = None
+
+    @property
+    def runner(self) -> CausalLMRunner:
+        if self._runner is None:
+            raise PipelineError("nothing is loaded: the first request must be `load`")
+        return self._runner
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Raises: PipelineError for an unknown request; whatever the runner raises."""
+        fields = dict(request)
+        name = fields.pop("request", None)
+        handlers: dict[Any, Callable[..., dict[str, Any]]] = {
+            "load": self._load,
+            "warm_up": self._warm_up,
+            "block": self._block,
+            "score": self._score,
+        }
+        if name not in handlers:
+            raise PipelineError(f"unknown request {name!r}")
+        return handlers[name](**fields)
+
+    def _load(self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any]) -> dict[str, Any]:
+        artifact = Artifact(Manifest.model_validate(manifest), Path(blobs))
+        execution = ExecutionSpec.model_validate(spec)
+        if execution.affinity is not None and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, execution.affinity)  # before any library starts its threads
+        _import_libraries(artifact)
+        begin = time.perf_counter_ns()
+        self._runner = load_runner(artifact, execution)
+        load_s = (time.perf_counter_ns() - begin) / 1e9
+        return {
+            "load_s": load_s,
+            "vocab_size": self._runner.vocab_size,
+            "max_length": self._runner.max_length,
+            "environment": {
+                "threads": execution.threads,
+                "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+                **{name: os.environ.get(name) for name in RECORDED},
+            },
+        }
+
+    def _warm_up(self, point: dict[str, Any], vocab_size: int, seed: int, steps: int, cap_s: float) -> dict[str, Any]:
+        work = Point.model_validate(point)
+        tokens = fixed_tokens(work, vocab_size=vocab_size, seed=seed)
+        seconds, flat = warm_up(self.runner, work, tokens, cap_s=cap_s, steps=steps)
+        return {"seconds": seconds, "flat": flat}
+
+    def _block(self, point: dict[str, Any], vocab_size: int, seed: int, steps: int, min_s: float) -> dict[str, Any]:
+        work = Point.model_validate(point)
+        tokens = fixed_tokens(work, vocab_size=vocab_size, seed=seed)
+        return {"seconds": run_block(self.runner, work, tokens, min_s=min_s, steps=steps)}
+
+    def _score(self, work: dict[str, Any]) -> dict[str, Any]:
+        from pipeline.measure.scoring import ScoreWork, score_windows
+
+        return score_windows(self.runner, ScoreWork.model_validate(work)).model_dump()
+
+
+def _import_libraries(artifact: Artifact) -> None:
+    """Have the runner import what it needs, where it says how, so that the load time does not count it."""
+    for point in entry_points(group=RUNNERS):
+        if point.name == artifact.format:
+            prepare = getattr(point.load(), "import_libraries", None)
+            if prepare is not None:
+                prepare(artifact)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel end this process when its parent ends; where it cannot, the end of standard input does."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer requests until their stream ends."""
+    session = Session()
+    for line in requests:
+        try:
+            answer: dict[str, Any] = {"ok": session.answer(json.loads(line))}
+        except PipelineError as error:
+            answer = {"error": {"message": error.message, "hint": error.hint}}
+        except Exception as error:  # libraries raise anything; the parent decides what it means for the run
+            traceback.print_exc()
+            answer = {"error": {"message": f"{type(error).__name__}: {error}", "hint": None}}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    die_with(int(sys.argv[1]))
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Where models come from: built in, a folder, the Hugging Face hub."""
+
+from pipeline.models.source import Source, builtin_names, evaluation_text, find_source, source_artifact
+
+__all__ = ["Source", "builtin_names", "evaluation_text", "find_source", "source_artifact"]

@@ -1,0 +1,62 @@
+"""The header of a safetensors file: where each tensor lies, without reading any.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' raw little-endian bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+from pipeline.artifact import TensorRef, numpy_dtype
+from pipeline.errors import PipelineError
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+LONGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """Name -> place of every tensor in the file.
+
+    Raises: PipelineError where the file is no safetensors file, or is shorter than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(LONGEST_HEADER, size - 8):
+            raise PipelineError(f"{path} is not a safetensors file, or is cut off inside its header")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise PipelineError(f"{path} is not a safetensors file: its header is not JSON") from None
+    begin = 8 + length
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise PipelineError(f"{path}: tensor {name!r} has data type {entry['dtype']}, which is not supported")
+        dtype = DTYPES[entry["dtype"]]
+        if prod(entry["shape"]) * numpy_dtype(dtype).itemsize != end - start:
+            raise PipelineError(f"{path}: tensor {name!r} has shape {entry['shape']} and {end - start} bytes")
+        if begin + end > size:
+            raise PipelineError(f"{path} is cut off: tensor {name!r} ends at {begin + end:,} of {size:,} bytes")
+        tensors[name] = TensorRef(
+            file=path.name, offset=begin + start, length=end - start, dtype=dtype, shape=tuple(entry["shape"])
+        )
+    return tensors

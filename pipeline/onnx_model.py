@@ -1,0 +1,144 @@
+"""ONNX components as onnx_ir models whose weights stay where they lie.
+
+`load_onnx` gives a model that a pass may edit; its initializers map the files that the artifact names. `save_onnx`
+writes the edited graph: an initializer that was not touched is referenced where it lay, a new one goes to the pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from pipeline.artifact import (
+    MAIN_COMPONENT,
+    ONNX_FILE,
+    Artifact,
+    Component,
+    FileEntry,
+    Interface,
+    Manifest,
+    TensorRef,
+    map_tensor,
+    numpy_dtype,
+)
+from pipeline.errors import PipelineError
+from pipeline.store.writer import OutputWriter, weights_name
+
+if TYPE_CHECKING:
+    import numpy as np
+
+INLINE_BYTES = 1024
+"""Initializers up to this size stay inside model.onnx, where the optimizers can see their values."""
+
+
+class StoredTensor(ir.LazyTensor):
+    """A tensor whose bytes lie in a file; mapped when asked for."""
+
+    def __init__(self, name: str, path: Path, ref: TensorRef, entry: FileEntry | None) -> None:
+        self.path = path
+        self.ref = ref
+        self.entry = entry  # None while the pack that holds it is still being written
+        dtype = ir.DataType.from_numpy(numpy_dtype(ref.dtype))
+        super().__init__(self._map, dtype=dtype, shape=ir.Shape(ref.shape), name=name)
+
+    def _map(self) -> ir.TensorProtocol:
+        return ir.Tensor(map_tensor(self.path, self.ref), dtype=self.dtype, shape=self.shape, name=self.name)
+
+
+def load_onnx(artifact: Artifact, component: str = MAIN_COMPONENT) -> ir.Model:
+    """The graph of an ONNX component, its external initializers mapped.
+
+    Raises: PipelineError where the component has no ONNX graph, or the graph names bytes that the manifest does not.
+    """
+    part = artifact.manifest.components[component]
+    if ONNX_FILE not in part.files:
+        raise PipelineError(f"component {component!r} has format {part.format!r}, not onnx")
+    model = ir.load(artifact.locate(part.files[ONNX_FILE]))
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            if not isinstance(value.const_value, ir.ExternalTensor):
+                continue
+            ref = part.tensors.get(name)
+            if ref is None:
+                raise PipelineError(f"{ONNX_FILE} keeps initializer {name!r} outside, and the manifest does not say where")
+            entry = part.files[ref.file]
+            value.const_value = StoredTensor(name, artifact.locate(entry), ref, entry)
+    return model
+
+
+def new_tensor(output: OutputWriter, name: str, array: np.ndarray) -> ir.TensorProtocol:
+    """A tensor for the graph: small ones in memory, others streamed to the pack at once, so that `array` can go."""
+    if array.nbytes <= INLINE_BYTES:
+        return ir.Tensor(array, name=name)
+    ref = output.tensor(array)
+    return StoredTensor(name, output.pack_path(), ref, None)
+
+
+def referenced_tensor(name: str, path: Path, ref: TensorRef, entry: FileEntry) -> ir.TensorProtocol:
+    """A tensor for the graph whose bytes lie in a file of another artifact, such as a checkpoint."""
+    return StoredTensor(name, path, ref.model_copy(update={"file": weights_name(entry)}), entry)
+
+
+def onnx_component(model: ir.Model, output: OutputWriter) -> Component:
+    """Write the graph and the initializers that are new, and return the component. `model` is used up."""
+    external: dict[str, TensorRef] = {}
+    sources: dict[str, FileEntry] = {}
+    holders: list[tuple[ir.Value, StoredTensor]] = []
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None:
+                raise PipelineError(f"initializer {name!r} has no value")
+            if not isinstance(tensor, StoredTensor):
+                if tensor.nbytes <= INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
+                    continue
+                tensor = new_tensor(output, name, _plain(tensor))
+            if not isinstance(tensor, StoredTensor):
+                continue
+            holders.append((value, tensor))
+    pack = output.close_pack()
+    if pack is not None:
+        sources[pack[0]] = pack[1]
+    for value, tensor in holders:
+        if tensor.entry is not None:
+            file = weights_name(tensor.entry)
+            sources[file] = tensor.entry
+        else:
+            assert pack is not None
+            file = pack[0]
+        name = str(value.name)
+        ref = tensor.ref.model_copy(update={"file": file})
+        external[name] = ref
+        value.const_value = ir.ExternalTensor(
+            file, ref.offset, ref.length, tensor.dtype, shape=ir.Shape(ref.shape), name=name
+        )
+    data = ir.to_proto(model).SerializeToString(deterministic=True)
+    files = {ONNX_FILE: output.file(ONNX_FILE, data), **dict(sorted(sources.items()))}
+    return Component(format="onnx", files=files, tensors=dict(sorted(external.items())))
+
+
+def save_onnx(
+    model: ir.Model,
+    output: OutputWriter,
+    *,
+    like: Artifact,
+    interface: Interface | None = None,
+    component: str = MAIN_COMPONENT,
+    execution: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """An ONNX artifact of this graph with the companions (config, tokenizer …) and, by default, the interface of `like`."""
+    manifest = Manifest(
+        format="onnx",
+        components={component: onnx_component(model, output)},
+        files=like.manifest.files,
+        interface=interface or like.interface,
+        execution=dict(execution if execution is not None else like.manifest.execution),
+    )
+    return Artifact(manifest, like.blobs)
+
+
+def _plain(tensor: ir.TensorProtocol) -> np.ndarray:
+    return tensor.numpy()

@@ -1,0 +1,90 @@
+"""What is known of the installed passes, for people and for schemas. A pass that fails to import is listed, too."""
+
+from __future__ import annotations
+
+import json
+from inspect import cleandoc
+from typing import Any
+
+from pipeline.artifact import Frozen
+from pipeline.errors import PipelineError
+from pipeline.plugin import Pass, Registry
+
+
+class Parameter(Frozen):
+    """A parameter of a pass, in words."""
+
+    name: str
+    type: str
+    default: str
+    description: str
+
+
+class PassDescription(Frozen):
+    name: str
+    origin: str
+    problem: str | None = None
+    summary: str = ""
+    documentation: str = ""
+    version: int | None = None
+    accepts: tuple[str, ...] = ()
+    produces: str | None = None
+    libraries: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
+    deterministic: bool = True
+    parameters: tuple[Parameter, ...] = ()
+
+
+def describe_pass(registry: Registry, name: str) -> PassDescription:
+    """Everything about one pass; where it cannot be imported, why."""
+    try:
+        origin = registry.info(name).origin
+        found = registry.load(name)
+    except PipelineError as error:
+        return PassDescription(name=name, origin="", problem=error.message)
+    return PassDescription(
+        name=name,
+        origin=origin,
+        summary=found.summary(),
+        documentation=cleandoc(found.__doc__ or ""),
+        version=found.version,
+        accepts=tuple(sorted(getattr(found, "accepts", ()))),
+        produces=getattr(found, "produces", None),
+        libraries=tuple(found.libraries),
+        depends_on=tuple(found.depends_on),
+        deterministic=found.deterministic,
+        parameters=tuple(_parameters(found)),
+    )
+
+
+def _parameters(found: type[Pass]) -> list[Parameter]:
+    schema = found.Params.model_json_schema()
+    required = set(schema.get("required", ()))
+    return [
+        Parameter(
+            name=name,
+            type=_type_in_words(field, schema.get("$defs", {})),
+            default="required" if name in required else json.dumps(field.get("default")),
+            description=field.get("description", ""),
+        )
+        for name, field in schema.get("properties", {}).items()
+    ]
+
+
+def _type_in_words(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if "$ref" in field:
+        return _type_in_words(definitions[field["$ref"].rpartition("/")[2]], definitions)
+    if "enum" in field:
+        return " | ".join(json.dumps(v) for v in field["enum"])
+    if "const" in field:
+        return json.dumps(field["const"])
+    if "anyOf" in field:
+        return " | ".join(_type_in_words(f, definitions) for f in field["anyOf"])
+    name = str(field.get("type", "any"))
+    if name == "array":
+        return f"list of {_type_in_words(field.get('items', {}), definitions)}"
+    bounds = [f"{sign} {field[key]}" for key, sign in _BOUNDS.items() if key in field]
+    return f"{name} {' and '.join(bounds)}" if bounds else name
+
+
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

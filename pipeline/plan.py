@@ -1,0 +1,338 @@
+"""A recipe resolved against a host: what would run, what is cached, what cannot run and why. Nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.artifact import SCHEMA_VERSION, Frozen, canonical_json
+from pipeline.errors import HostError, PipelineError, RecipeError, did_you_mean
+from pipeline.hardware import HardwareProfile, Host
+from pipeline.models import Source
+from pipeline.models.source import calibration_text
+from pipeline.plugin import Pass, PassParams, Registry, code_digest
+from pipeline.recipe import Recipe, Stage, validate
+from pipeline.recipe.schema import SOURCE
+from pipeline.store import Store
+
+Status = Literal["cached", "will run", "may hit", "cannot run"]
+
+FACETS = ("seed", "calibration_text", "profile.*", "host.cpu", "host.gpu", "host.cores", "host.instruction_sets")
+"""Context facets that a pass may declare in `depends_on`."""
+
+
+class PlannedStage(Frozen):
+    """One stage: what would run, under which key, and whether it has to."""
+
+    name: str
+    pass_name: str
+    params: dict[str, Any]
+    parent: str | None
+    inputs: dict[str, str] = Field(default_factory=dict)
+    key: str
+    own: str = Field(description="the stage's own part of the key: everything but its parents")
+    ingredients: dict[str, Any] = Field(description="what `own` was computed over")
+    facets: dict[str, Any] = Field(default_factory=dict, description="values of the facets that the pass declares")
+    produces: str
+    deterministic: bool = True
+    status: Status
+    reason: str = ""
+    artifact: str | None = Field(None, description="digest, where it is known already")
+
+
+class Plan(Frozen):
+    """Stages in the order in which they run, and where."""
+
+    recipe: str
+    stages: tuple[PlannedStage, ...]
+    hardware: HardwareProfile
+    host: Host
+    threads: int
+    notes: tuple[str, ...] = Field((), description="differences between the host and the profile that stop nothing")
+    obstacles: tuple[str, ...] = Field((), description="why it cannot run on this host")
+
+    def stage(self, name: str) -> PlannedStage:
+        """Raises: KeyError where there is no such stage."""
+        return next(s for s in self.stages if s.name == name)
+
+    def require_runnable(self) -> None:
+        """Raises: HostError where some stage cannot run here."""
+        blocked = [f"{s.name}: {s.reason}" for s in self.stages if s.status == "cannot run"]
+        if problems := [*self.obstacles, *blocked]:
+            raise HostError("the plan cannot run on this host:\n  " + "\n  ".join(problems))
+
+
+def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None = None) -> list[Stage]:
+    """The stages to run: all, those listed up to `until`, or `only` with what it is made from.
+
+    Raises: RecipeError where there is no such stage.
+    """
+    for given in filter(None, (until, only)):
+        if given not in recipe.stage_names:
+            raise RecipeError(f"there is no stage {given!r}", hint=did_you_mean(given, recipe.stage_names, noun="stages"))
+    stages = list(recipe.stages)
+    if until is not None:
+        stages = [] if until == SOURCE else stages[: recipe.stage(until).index + 1]
+    if only is not None:
+        wanted, waiting = set(), [only]
+        while waiting:
+            name = waiting.pop()
+            if name != SOURCE and name not in wanted:
+                wanted.add(name)
+                waiting += [recipe.stage(name).parent, *recipe.stage(name).inputs.values()]
+        stages = [s for s in stages if s.name in wanted]
+    return stages
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    source: Source,
+    store: Store,
+    registry: Registry,
+    profile: HardwareProfile,
+    host: Host,
+    stages: Sequence[Stage] | None = None,
+    force: bool = False,
+) -> Plan:
+    """Resolve `recipe` (all stages, or those given) against what is installed, stored and at hand.
+
+    Raises: RecipeError where a pass or a parameter is unknown, or formats do not fit.
+    """
+    first = _plan_source(recipe, source, store)
+    planned: dict[str, PlannedStage] = {SOURCE: first}
+    for stage in recipe.stages if stages is None else stages:
+        planned[stage.name] = _plan_stage(stage, recipe, planned, store, registry, profile, host)
+    cores = [host.physical_cores] if profile.physical_cores is None else [host.physical_cores, profile.physical_cores]
+    obstacles = [] if force else _memory_obstacles(source, host)
+    return Plan(
+        recipe=recipe.name,
+        stages=tuple(planned.values()),
+        hardware=profile,
+        host=host,
+        threads=recipe.evaluate.threads or min(cores),
+        notes=tuple(_differences(profile, host)),
+        obstacles=tuple(obstacles + _device_obstacles(profile, host)),
+    )
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """What enters every key: the schema, Python, the operating system and the architecture."""
+    return {
+        "schema": str(SCHEMA_VERSION),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "os": platform.system(),
+        "architecture": platform.machine(),
+    }
+
+
+def inputs_digest(parent: str, inputs: Mapping[str, str]) -> str:
+    """One name for the contents of all that a stage reads: its parent's artifact digest and those of its inputs."""
+    return digest_of({"parent": parent, "inputs": dict(inputs)})
+
+
+def _plan_source(recipe: Recipe, source: Source, store: Store) -> PlannedStage:
+    files = {name: store.digest_file((source.folder / name).resolve()) for name in source.files}
+    ingredients = {"pass": SOURCE, "environment": {"schema": str(SCHEMA_VERSION)}, "dtype": source.dtype, "files": files}
+    own = digest_of(ingredients)
+    record = store.stage_record(own)
+    return PlannedStage(
+        name=SOURCE,
+        pass_name=SOURCE,
+        params={"model": str(source), "dtype": source.dtype},
+        parent=None,
+        key=own,
+        own=own,
+        ingredients=ingredients,
+        produces="torch",
+        status="cached" if record else "will run",
+        reason="" if record else "its files have not been seen before",
+        artifact=record.artifact if record else None,
+    )
+
+
+def _plan_stage(
+    stage: Stage,
+    recipe: Recipe,
+    planned: Mapping[str, PlannedStage],
+    store: Store,
+    registry: Registry,
+    profile: HardwareProfile,
+    host: Host,
+) -> PlannedStage:
+    where = ("passes", stage.index)
+    try:
+        found = registry.load(stage.pass_name)
+    except RecipeError as error:
+        raise RecipeError(error.message, hint=error.hint, location=recipe.location(*where, "pass")) from None
+    params = _absolute_paths(validate(found.Params, stage.params, recipe.positions, where), recipe, where)
+    accepts, produces = found.formats(params)
+    parent = planned[stage.parent]
+    if parent.produces not in accepts:
+        raise RecipeError(
+            f"{stage.name}: the pass {found.name!r} takes {' or '.join(sorted(accepts))}, "
+            f"and the stage {parent.name!r} yields {parent.produces}",
+            location=recipe.location(*where, "after"),
+            hint="put export_onnx before it" if "onnx" in accepts and parent.produces == "torch" else None,
+        )
+    facets = {name: facet_value(name, recipe, profile, host) for name in found.depends_on}
+    ingredients = {
+        "pass": found.name,
+        "version": found.version,
+        "code": code_digest(found),
+        "params": _canonical_params(params, store),
+        "libraries": {name: _library_version(name) for name in found.libraries},
+        "facets": {n: digest_of(v) if n == "calibration_text" else v for n, v in facets.items()},
+        "environment": environment(),
+    }
+    own = digest_of(ingredients)
+    parents = {"": parent.key, **{role: planned[name].key for role, name in stage.inputs.items()}}
+    key = digest_of({"own": own, "parents": parents})
+    status, reason, artifact = _status(stage, found, own, key, planned, store, host)
+    return PlannedStage(
+        name=stage.name,
+        pass_name=found.name,
+        params=params.model_dump(mode="json"),
+        parent=stage.parent,
+        inputs=stage.inputs,
+        key=key,
+        own=own,
+        ingredients=ingredients,
+        facets=facets,
+        produces=produces,
+        deterministic=found.deterministic,
+        status=status,
+        reason=reason,
+        artifact=artifact,
+    )
+
+
+def _status(
+    stage: Stage,
+    found: type[Pass],
+    own: str,
+    key: str,
+    planned: Mapping[str, PlannedStage],
+    store: Store,
+    host: Host,
+) -> tuple[Status, str, str | None]:
+    if record := store.stage_record(key):
+        return "cached", "", record.artifact
+    needs = [planned[name] for name in (stage.parent, *stage.inputs.values())]
+    if all(need.artifact for need in needs):
+        inputs = {role: str(planned[name].artifact) for role, name in stage.inputs.items()}
+        if record := store.record_by_content(own, inputs_digest(str(needs[0].artifact), inputs)):
+            return "cached", "the same was done to an equal artifact", record.artifact
+    blocked = next((need.name for need in needs if need.status == "cannot run"), None)
+    if blocked:
+        return "cannot run", f"it needs {blocked}, which cannot run", None
+    if lacking := _lacking(found, host):
+        return "cannot run", lacking, None
+    changing = next((need.name for need in needs if need.artifact is None), None)
+    if changing and store.may_hit(own):
+        return "may hit", f"cached if {changing} comes out as before", None
+    return "will run", f"{changing} runs first" if changing else "not in the store", None
+
+
+def _lacking(found: type[Pass], host: Host) -> str:
+    """What the pass requires and the host does not have; empty where it has all."""
+    requires = found.requires
+    if requires.device == "cuda" and not host.gpus:
+        return f"the pass {found.name!r} needs a CUDA GPU and this host has none"
+    if missing := [p for p in requires.providers if p not in host.execution_providers]:
+        return f"the pass {found.name!r} needs {', '.join(missing)}; install the onnxruntime package that brings it"
+    if missing := [s for s in requires.instruction_sets if s not in host.instruction_sets]:
+        return f"the pass {found.name!r} needs {', '.join(missing)}, which this CPU lacks"
+    return ""
+
+
+def _device_obstacles(profile: HardwareProfile, host: Host) -> list[str]:
+    if profile.device == "cuda" and not host.gpus:
+        return [
+            f"the profile {profile.name} is a CUDA device and this host has none; "
+            "run on a machine with an NVIDIA GPU and driver, or use --set hardware=local"
+        ]
+    missing = [p for p in profile.execution_providers if p not in host.execution_providers]
+    return [f"ONNX Runtime here lacks {', '.join(missing)}, which the profile {profile.name} names"] if missing else []
+
+
+def _memory_obstacles(source: Source, host: Host) -> list[str]:
+    """The untouched model is loaded to be measured and verified: it has to fit into the host's free memory."""
+    weights = sum((source.folder / name).stat().st_size for name in source.files if name.endswith(".safetensors"))
+    free = host.available_memory_bytes
+    if weights <= free:
+        return []
+    return [f"the model's weights take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; --force tries"]
+
+
+def _differences(profile: HardwareProfile, host: Host) -> list[str]:
+    notes = []
+    if profile.physical_cores is not None and host.physical_cores != profile.physical_cores:
+        notes.append(f"{profile.name} has {profile.physical_cores} cores, this host {host.physical_cores}")
+    if missing := sorted(set(profile.instruction_sets) - set(host.instruction_sets)):
+        notes.append(f"this host lacks instruction sets of {profile.name}: {', '.join(missing)}")
+    if extra := sorted(set(host.instruction_sets) - set(profile.instruction_sets)):
+        notes.append(f"this host has instruction sets that {profile.name} lacks: {', '.join(extra)}")
+    if profile.device == "cpu" and profile.memory_bytes and host.memory_bytes < profile.memory_bytes:
+        notes.append(
+            f"{profile.name} has {profile.memory_bytes / 2**30:.0f} GiB of memory, "
+            f"this host {host.memory_bytes / 2**30:.0f} GiB"
+        )
+    return notes
+
+
+def facet_value(name: str, recipe: Recipe, profile: HardwareProfile, host: Host) -> Any:
+    """The value of a declared context facet.
+
+    Raises: PipelineError where there is no such facet.
+    """
+    if name == "seed":
+        return recipe.seed
+    if name == "calibration_text":
+        return calibration_text().read_text(encoding="utf-8")
+    room, _, field = name.partition(".")
+    values = {"profile": profile.model_dump(mode="json"), "host": {k[5:]: v for k, v in host.facets().items()}}
+    if room in values and field in values[room]:
+        return values[room][field]
+    raise PipelineError(f"there is no context facet {name!r}", hint=f"facets: {', '.join(FACETS)}")
+
+
+def _library_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _absolute_paths(params: PassParams, recipe: Recipe, where: tuple[str | int, ...]) -> PassParams:
+    """Paths in parameters start from the recipe's folder and have to exist."""
+    changed = {}
+    for name, value in params:
+        if isinstance(value, Path):
+            path = (recipe.folder / value.expanduser()).resolve()
+            if not path.exists():
+                raise RecipeError(f"{name}: {path} does not exist", location=recipe.location(*where, name))
+            changed[name] = path
+    return params.model_copy(update=changed)
+
+
+def _canonical_params(params: PassParams, store: Store) -> dict[str, Any]:
+    """Parameters as they enter the key: a file or folder by its contents, not by its name."""
+    values = params.model_dump(mode="json")
+    for name, value in params:
+        if isinstance(value, Path):
+            files = [value] if value.is_file() else sorted(p for p in value.rglob("*") if p.is_file())
+            root = value.parent if value.is_file() else value
+            values[name] = {str(p.relative_to(root)): store.digest_file(p) for p in files}
+    return values

@@ -1,0 +1,231 @@
+"""What a pass is, what it is given, and how it is found.
+
+A pass is a class in any installed package, named in the entry-point group `pipeline.passes`. The engine knows passes
+only through this module; the built-in ones are registered in the same way.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import logging
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.artifact import Artifact, Frozen
+from pipeline.errors import PipelineError, RecipeError, did_you_mean
+from pipeline.store.writer import OutputWriter
+
+PASSES = "pipeline.passes"
+RESERVED = frozenset({"pass", "name", "after", "inputs", "allow_broken"})
+"""Keys of a recipe's entry that are not parameters."""
+
+
+class PassParams(BaseModel):
+    """Parameters of a pass: immutable, strictly typed, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Requires(Frozen):
+    """What the host must have; checked when the plan is made."""
+
+    device: Literal["any", "cpu", "cuda"] = "any"
+    providers: tuple[str, ...] = Field((), description="ONNX Runtime execution providers")
+    instruction_sets: tuple[str, ...] = ()
+
+
+class Pass(ABC):
+    """Turns an artifact into a new one. The first line of a subclass's docstring is what `pipeline passes` shows."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    accepts: ClassVar[frozenset[str] | set[str]]
+    produces: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]] = ()
+    depends_on: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[Requires] = Requires()
+    deterministic: ClassVar[bool] = True
+
+    class Params(PassParams):
+        """No parameters."""
+
+    @abstractmethod
+    def run(self, artifact: Artifact, params: Any, context: PassContext) -> Artifact:
+        """Make the new artifact.
+
+        Raises: PipelineError with a message for the user where it cannot.
+        """
+
+    @classmethod
+    def formats(cls, params: PassParams) -> tuple[frozenset[str], str]:
+        """(formats accepted, format produced) with these parameters, which may define either as a method."""
+        accepts = getattr(params, "accepts", None)
+        produces = getattr(params, "produces", None)
+        return (
+            frozenset(accepts() if callable(accepts) else cls.accepts),
+            produces() if callable(produces) else cls.produces,
+        )
+
+    @classmethod
+    def summary(cls) -> str:
+        return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may use besides its artifact. It writes through `output` and nowhere else."""
+
+    output: OutputWriter
+    inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    facets: Mapping[str, Any] = field(default_factory=dict)
+    threads: int = 1
+    report_progress: Callable[[float, str], None] = lambda fraction, message: None
+    logger: logging.Logger = field(default_factory=lambda: logging.getLogger("pipeline.pass"))
+
+    def facet(self, name: str) -> Any:
+        """The value of a context facet, such as `seed` or `profile.memory_bytes`.
+
+        Raises: PipelineError where the pass does not declare it in `depends_on`: it would not be part of the key.
+        """
+        if name not in self.facets:
+            declared = ", ".join(sorted(self.facets)) or "none"
+            raise PipelineError(
+                f"the pass read the context facet {name!r}, which it does not declare",
+                hint=f"add it to depends_on (declared: {declared}), so that it enters the stage key",
+            )
+        return self.facets[name]
+
+    @property
+    def seed(self) -> int:
+        """The recipe's seed."""
+        return int(self.facet("seed"))
+
+    @property
+    def calibration_text(self) -> str:
+        """Text to calibrate with; never the text that quality is measured on."""
+        return str(self.facet("calibration_text"))
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        """Say how far the pass is, from 0 to 1."""
+        self.report_progress(fraction, message)
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """A registered pass, not yet imported."""
+
+    name: str
+    entry_point: EntryPoint
+
+    @property
+    def origin(self) -> str:
+        """Package and version that it comes from."""
+        dist = self.entry_point.dist
+        return f"{dist.name} {dist.version}" if dist else self.entry_point.module
+
+
+class Registry:
+    """The passes that are installed, by name. Only those asked for are imported."""
+
+    def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
+        self._points = points
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[PassInfo]]:
+        found: dict[str, list[PassInfo]] = {}
+        for point in entry_points(group=PASSES) if self._points is None else self._points:
+            infos = found.setdefault(point.name, [])
+            if all(point.value != info.entry_point.value for info in infos):  # a package may be found twice on the path
+                infos.append(PassInfo(point.name, point))
+        return found
+
+    def names(self) -> list[str]:
+        return sorted(self._by_name)
+
+    def info(self, name: str) -> PassInfo:
+        """Raises: RecipeError where no pass, or more than one, has that name."""
+        infos = self._by_name.get(name, [])
+        if not infos:
+            raise RecipeError(f"unknown pass {name!r}", hint=did_you_mean(name, self.names(), noun="passes"))
+        if len(infos) > 1:
+            owners = " and ".join(f"{i.entry_point.value} ({i.origin})" for i in infos)
+            raise RecipeError(f"two plugins are named {name!r}: {owners}", hint="uninstall one of them")
+        return infos[0]
+
+    def load(self, name: str) -> type[Pass]:
+        """Import the pass `name`.
+
+        Raises: RecipeError where it is unknown; PipelineError where it cannot be imported or is not a pass.
+        """
+        info = self.info(name)
+        try:
+            found = info.entry_point.load()
+        except Exception as error:  # a stranger's module may raise anything
+            raise PipelineError(
+                f"the pass {name!r} of {info.origin} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, Pass)):
+            raise PipelineError(f"{info.entry_point.value} of {info.origin} is not a subclass of pipeline.Pass")
+        if clash := RESERVED & set(found.Params.model_fields):
+            raise PipelineError(f"the pass {name!r} has parameters with reserved names: {', '.join(sorted(clash))}")
+        return found
+
+
+def code_digest(cls: type) -> str:
+    """SHA-256 over the sources of the class's module and of those modules of its package that it imports.
+
+    Imports are read from the source, inside functions too, so nothing is imported to find out.
+    """
+    package = cls.__module__.partition(".")[0]
+    seen: dict[str, bytes] = {}
+    waiting = [cls.__module__]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        path = _source_of(module)
+        if path is None:
+            continue
+        seen[module] = path.read_bytes()
+        waiting += _imports_within(seen[module], module, package, is_package=path.name == "__init__.py")
+    total = hashlib.sha256()
+    for module, source in sorted(seen.items()):
+        total.update(f"{module}\0{hashlib.sha256(source).hexdigest()}\0".encode())
+    return total.hexdigest()
+
+
+def _source_of(module: str) -> Path | None:
+    loaded = sys.modules.get(module)
+    origin = getattr(loaded, "__file__", None)
+    if origin is None:
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):  # a name such as `package.Class`
+            return None
+        origin = spec.origin if spec else None
+    path = Path(origin) if origin else None
+    return path if path is not None and path.suffix == ".py" and path.is_file() else None
+
+
+def _imports_within(source: bytes, module: str, package: str, *, is_package: bool) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".") if is_package else module.split(".")[:-1]
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [name for name in found if name == package or name.startswith(package + ".")]

@@ -1,0 +1,212 @@
+"""What a recipe may say, version 1."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from pipeline.errors import Location
+from pipeline.recipe.positions import Positions
+
+SOURCE = "source"
+"""The first stage: the untouched model."""
+
+NAME = r"^[a-z][a-z0-9_]*$"
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+}
+MODEL_SOURCES = ("builtin", "path", "huggingface")
+
+
+class Part(BaseModel):
+    """A part of a recipe: immutable, strictly typed, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(Part):
+    """The model: exactly one of builtin, path, huggingface."""
+
+    builtin: str | None = Field(None, description="a model that ships with the package, such as llama2-tiny")
+    path: str | None = Field(None, description="a model folder, relative to the recipe")
+    huggingface: str | None = Field(None, description="a hub id, OWNER/NAME")
+    revision: str | None = Field(None, description="the hub's branch, tag or commit")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="data type that the source is loaded and measured in; auto: the checkpoint's own"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        given = [name for name in MODEL_SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(MODEL_SOURCES)} is needed; given: {', '.join(given) or 'none'}")
+        if self.revision is not None and self.huggingface is None:
+            raise ValueError("revision goes with huggingface only")
+        return self
+
+    @property
+    def kind(self) -> Literal["builtin", "path", "huggingface"]:
+        return next(name for name in MODEL_SOURCES if getattr(self, name) is not None)  # type: ignore[return-value]
+
+    @property
+    def source(self) -> str:
+        return str(getattr(self, self.kind))
+
+
+class Entry(BaseModel):
+    """One entry of `passes`. Every key that is not listed here is a parameter of the pass."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    pass_: str = Field(alias="pass", description="name of a registered pass; see `pipeline passes`")
+    name: str | None = Field(None, pattern=NAME, description="the stage's name; default: the pass's")
+    after: str | None = Field(None, description="the stage whose artifact it takes; default: the entry before")
+    inputs: dict[str, str] = Field(default_factory=dict, description="further stages that the pass reads, by role")
+    allow_broken: bool = Field(False, description="a broken model does not fail the run")
+
+
+class Workload(Part):
+    """What the runners are asked to do: every combination of prompt length and batch size."""
+
+    prompt_lengths: list[Annotated[int, Field(ge=1)]] = Field([128], min_length=1, description="tokens")
+    new_tokens: int = Field(64, ge=1, description="decoded tokens after each prompt")
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
+
+
+class Quality(Part):
+    """The held-out text that every stage is scored on."""
+
+    text: str = Field("builtin", description="builtin, or a UTF-8 text file relative to the recipe")
+    window: int = Field(512, ge=2, description="tokens of one forward pass")
+    stride: int = Field(256, ge=1, description="tokens between the beginnings of two windows")
+    tokens: int = Field(20000, ge=2, description="at most so many tokens are scored")
+
+    @model_validator(mode="after")
+    def _stride_within_window(self) -> Quality:
+        if self.stride > self.window:
+            raise ValueError(f"stride ({self.stride}) is larger than window ({self.window}): tokens would be skipped")
+        return self
+
+
+class Evaluation(Part):
+    """How the stages are compared."""
+
+    baseline: str = Field(SOURCE, description="the stage that the others are compared with")
+    budget_s: float = Field(60.0, gt=0, description="seconds for the speed measurements of all stages together")
+    threads: int | None = Field(None, ge=1, description="default: the lesser of the profile's and the host's cores")
+    workload: Workload = Workload()
+    quality: Quality = Quality()
+
+
+class RecipeModel(Part):
+    """A recipe: a model, the target hardware, an ordered list of passes, evaluation and gates."""
+
+    version: Literal[1] = Field(description="version of this schema")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder of its runs")
+    description: str = ""
+    model: Model
+    hardware: str = Field("local", description="a profile's name, a path to one, or local: this machine")
+    seed: int = Field(0, ge=0, lt=2**32, description="for passes that draw random numbers, and for the workload's tokens")
+    passes: list[Entry] = Field(default_factory=list)
+    export: str | None = Field(None, description="the stage whose model lands in the run's model/ folder")
+    evaluate: Evaluation = Evaluation()
+    gates: list[str] = Field(default_factory=list, description="STAGE.METRIC[{kind selector}] OP NUMBER")
+
+
+class Stage(Part):
+    """An entry with its defaults resolved."""
+
+    name: str
+    pass_name: str
+    params: dict[str, Any]
+    parent: str
+    inputs: dict[str, str]
+    allow_broken: bool
+    index: int = Field(description="place in the recipe's list of passes, from 0")
+
+
+class Gate(Part):
+    """A condition on the report."""
+
+    text: str
+    stage: str
+    metric: str
+    selector: dict[str, str] = Field(default_factory=dict, description="narrows the workload points, e.g. {batch: 1}")
+    comparison: str
+    bound: float
+
+    def holds(self, value: float) -> bool:
+        return COMPARISONS[self.comparison](value, self.bound)
+
+
+class Recipe(RecipeModel):
+    """A validated recipe that remembers where everything in it was written."""
+
+    stages: list[Stage] = Field(exclude=True)
+    parsed_gates: list[Gate] = Field(exclude=True)
+
+    _positions: Positions = PrivateAttr(default_factory=lambda: Positions("recipe"))
+    _folder: Path = PrivateAttr(default_factory=Path)
+    _text: str = PrivateAttr("")
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths in the recipe start."""
+        return self._folder
+
+    @property
+    def text(self) -> str:
+        """The recipe as it was written."""
+        return self._text
+
+    @property
+    def positions(self) -> Positions:
+        return self._positions
+
+    def location(self, *path: str | int) -> Location:
+        """Where `path`, for example ("passes", 0, "bits"), was written."""
+        return self._positions.find(path)
+
+    def stage(self, name: str) -> Stage:
+        """Raises: KeyError where there is no such stage."""
+        return next(s for s in self.stages if s.name == name)
+
+    @property
+    def stage_names(self) -> list[str]:
+        return [SOURCE, *(s.name for s in self.stages)]
+
+
+_GATE = re.compile(
+    r"^\s*(?P<stage>[a-z][a-z0-9_]*)\.(?P<metric>[a-z][a-z0-9_]*)\s*(\{(?P<selector>[^}]*)\})?\s*"
+    r"(?P<comparison>>=|<=|==|>|<)\s*(?P<bound>[-+]?[0-9.]+([eE][-+]?[0-9]+)?)\s*$"
+)
+
+
+def parse_gate(text: str) -> Gate:
+    """Raises: ValueError where the text is not STAGE.METRIC[{key: value, …}] OP NUMBER."""
+    match = _GATE.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not STAGE.METRIC OP NUMBER with OP one of {' '.join(COMPARISONS)}")
+    selector = {}
+    for pair in filter(None, (p.strip() for p in (match["selector"] or "").split(","))):
+        key, colon, value = pair.partition(":")
+        if not colon:
+            raise ValueError(f"{pair!r} in {text!r} is not KEY: VALUE")
+        selector[key.strip()] = value.strip()
+    return Gate(
+        text=" ".join(text.split()),
+        stage=match["stage"],
+        metric=match["metric"],
+        selector=selector,
+        comparison=match["comparison"],
+        bound=float(match["bound"]),
+    )

@@ -1,0 +1,36 @@
+"""Finding and reading the report of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.errors import RecipeError, did_you_mean
+from pipeline.report.schema import Report
+
+REPORT = "report.json"
+LATEST = "latest"
+
+
+def find_run(run: str, runs: Path) -> Path:
+    """The folder of a run, given as a folder or as the name of a recipe, whose latest run is meant.
+
+    Raises: RecipeError where there is none.
+    """
+    for folder in (Path(run), runs / run / LATEST, runs / run):
+        if (folder / REPORT).is_file():
+            return folder
+    known = [p.parent.name for p in runs.glob(f"*/{LATEST}")] if runs.is_dir() else []
+    raise RecipeError(f"there is no run {run}", hint=did_you_mean(run, known, noun=f"recipes with runs in {runs}"))
+
+
+def read_report(run: str, runs: Path) -> Report:
+    """Raises: RecipeError where there is none, or it is of another version or damaged."""
+    path = find_run(run, runs) / REPORT
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise RecipeError(f"{path} is not a report that this version reads: {where}: {first['msg']}") from None

@@ -1,0 +1,114 @@
+"""Gates: conditions on the report that decide the exit code.
+
+A metric is a documented name for a place in report.json. Where a figure has an interval, the end that is nearest to
+failure decides: a gate passes only when the evidence says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from pipeline.report.schema import GateResult, Report, Speed, StageReport
+
+
+class Bounds(NamedTuple):
+    """A figure's interval; a figure without one is its own interval."""
+
+    low: float
+    high: float
+
+
+class Metric(NamedTuple):
+    description: str
+    read: Callable[[StageReport, dict[str, str]], list[Bounds]]
+
+
+def _points(stage: StageReport, kind: str, selector: dict[str, str]) -> Iterable[Speed]:
+    for point in stage.speed or ():
+        if point.kind == kind and all(str(getattr(point, k, None)) == v for k, v in selector.items()):
+            yield point
+
+
+def _speedup(kind: str) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
+    def read(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+        ratios = [p.vs_baseline for p in _points(stage, kind, selector)]
+        return [Bounds(r.low, r.high) for r in ratios if r is not None]
+
+    return read
+
+
+def _rate(kind: str, field: str) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
+    def read(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+        figures = [getattr(p, field) for p in _points(stage, kind, selector)]
+        return [Bounds(f.low, f.high) for f in figures]
+
+    return read
+
+
+def _one(read: Callable[[StageReport], float | None]) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
+    def bounds(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+        value = read(stage)
+        return [] if value is None else [Bounds(value, value)]
+
+    return bounds
+
+
+def _perplexity_ratio(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+    paired = stage.quality.vs_baseline if stage.quality else None
+    return [Bounds(paired.perplexity_ratio.low, paired.perplexity_ratio.high)] if paired else []
+
+
+def _paired(field: str) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
+    return _one(lambda s: getattr(s.quality.vs_baseline, field) if s.quality and s.quality.vs_baseline else None)
+
+
+METRICS: dict[str, Metric] = {
+    "decode_speedup": Metric("tokens/s of decode over the baseline's", _speedup("decode")),
+    "prefill_speedup": Metric("tokens/s of prefill over the baseline's", _speedup("prefill")),
+    "decode_tokens_per_s": Metric("decoded tokens a second", _rate("decode", "tokens_per_s")),
+    "prefill_tokens_per_s": Metric("prompt tokens a second", _rate("prefill", "tokens_per_s")),
+    "decode_latency_s": Metric("seconds for one token", _rate("decode", "latency_s")),
+    "prefill_latency_s": Metric("seconds for one prompt", _rate("prefill", "latency_s")),
+    "perplexity": Metric("on the held-out text", _one(lambda s: s.quality.perplexity if s.quality else None)),
+    "perplexity_ratio": Metric("perplexity over the baseline's, paired", _perplexity_ratio),
+    "kl_divergence": Metric("KL(baseline || stage), nats per token", _paired("kl_divergence")),
+    "top1_agreement": Metric("share of tokens with the same most likely next token", _paired("top1_agreement")),
+    "max_abs_logit_error": Metric("largest difference of any logit", _paired("max_abs_logit_error")),
+    "size_bytes": Metric("bytes of the artifact", _one(lambda s: s.artifact.size_bytes if s.artifact else None)),
+    "load_s": Metric("seconds to load, files in the page cache", _one(lambda s: s.load.warm_s if s.load else None)),
+    "peak_memory_bytes": Metric("of inference, anonymous + shared", _one(lambda s: s.inference_peak_memory_bytes)),
+    "conversion_memory_bytes": Metric("of the pass, anonymous + shared", _one(lambda s: s.cost.peak_memory_bytes)),
+    "conversion_s": Metric("seconds that the pass took when it ran", _one(lambda s: s.cost.wall_s)),
+}
+"""What a gate may name: STAGE.METRIC."""
+
+
+class Condition(NamedTuple):
+    """A gate, apart from the recipe that it stands in."""
+
+    text: str
+    stage: str
+    metric: str
+    selector: dict[str, str]
+    comparison: str
+    holds: Callable[[float], bool]
+
+
+def evaluate_gate(gate: Condition, report: Report) -> GateResult:
+    """passed, failed, or not_evaluated where the report lacks the figure. With several workload points all must pass."""
+    try:
+        stage = report.stage(gate.stage)
+    except KeyError:
+        return GateResult(gate=gate.text, result="not_evaluated", reason=f"the stage {gate.stage} was not in this run")
+    bounds = METRICS[gate.metric].read(stage, gate.selector)
+    if not bounds:
+        reason = stage.reason or f"{gate.metric} was not measured"
+        return GateResult(gate=gate.text, result="not_evaluated", reason=reason)
+    if gate.comparison.startswith(">"):
+        observed = min(b.low for b in bounds)
+    elif gate.comparison.startswith("<"):
+        observed = max(b.high for b in bounds)
+    else:
+        observed = next((v for b in bounds for v in b if not gate.holds(v)), bounds[0].low)
+    return GateResult(gate=gate.text, result="passed" if gate.holds(observed) else "failed", observed=observed)

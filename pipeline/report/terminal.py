@@ -1,0 +1,206 @@
+"""The report as tables in a terminal. Every figure with an interval shows it."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.report.schema import Interval, PlainRatio, Ratio, Report, StageReport
+
+STYLES = {
+    "faster": "green",
+    "slower": "red",
+    "equivalent": "default",
+    "inconclusive": "yellow",
+    "identical": "green",
+    "degraded": "yellow",
+    "broken": "bold white on red",
+    "passed": "green",
+    "failed": "bold red",
+    "not_evaluated": "yellow",
+    "skipped": "yellow",
+    "unmeasured": "yellow",
+}
+
+
+def render(report: Report, console: Console) -> None:
+    """Print the whole report."""
+    console.print()
+    parts = [_head(report), _speed(report), _quality(report), _cost(report), _failures(report), _gates(report)]
+    for part in parts:
+        if part is not None:
+            console.print(part)
+            console.print()
+
+
+def _head(report: Report) -> RenderableType:
+    lines = [
+        f"[bold]{escape(report.recipe)}[/]  {escape(report.description)}",
+        f"measured on {escape(str(report.host.get('cpu_model')))}, {report.threads} threads; "
+        f"target {escape(str(report.hardware.get('name')))}",
+    ]
+    lines += [f"note: {escape(note)}" for note in report.notes]
+    return Text.from_markup("\n".join(lines))
+
+
+def _speed(report: Report) -> RenderableType | None:
+    points = _points(report)
+    if not points:
+        return None
+    tables: list[RenderableType] = []
+    for kind, batch, prompt in points:
+        new = next((p.new_tokens for s in report.stages for p in s.speed or () if p.kind == kind), None)
+        what = f"prefill of {prompt} tokens" if kind == "prefill" else f"decode of {new} tokens after {prompt}"
+        rounds = max(p.rounds for s in report.stages for p in s.speed or () if p.kind == kind)
+        launches = max(p.launches for s in report.stages for p in s.speed or () if p.kind == kind)
+        floor = next((f for f in report.noise_floor if (f.kind, f.batch, f.prompt) == (kind, batch, prompt)), None)
+        noise = f"; {report.baseline} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}" if floor else ""
+        table = _table(f"{what}, batch {batch}  ({rounds} rounds, {launches} launches{noise})")
+        table.add_column("stage")
+        for column in ("tokens/s", "95 %", f"× {report.baseline}", "95 %"):
+            table.add_column(column, justify="right")
+        table.add_column("verdict")
+        for stage in report.stages:
+            point = next((p for p in stage.speed or () if (p.kind, p.batch, p.prompt) == (kind, batch, prompt)), None)
+            if point is None:
+                continue
+            table.add_row(stage.name, *_rate(point.tokens_per_s), *_ratio(point.vs_baseline, stage, report))
+        tables.append(table)
+    return Group(*tables)
+
+
+def _quality(report: Report) -> RenderableType | None:
+    if all(stage.quality is None and stage.artifact is None for stage in report.stages):
+        return None
+    scored = max((s.quality.tokens for s in report.stages if s.quality), default=0)
+    table = _table(f"quality on {scored:,} held-out tokens, size, memory" if scored else "size")
+    table.add_column("stage")
+    for column in ("perplexity", "ratio (95 %)", "KL", "top-1"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for column in ("size", "memory", "load cold/warm"):
+        table.add_column(column, justify="right")
+    for stage in report.stages:
+        if stage.artifact is None:
+            continue
+        quality = stage.quality
+        paired = quality.vs_baseline if quality else None
+        load = stage.load
+        table.add_row(
+            stage.name,
+            _number(quality.perplexity, ".3f") if quality else "–",
+            _plain_ratio(paired.perplexity_ratio) if paired else "–",
+            f"{paired.kl_divergence:.2g}" if paired else "–",
+            f"{paired.top1_agreement:.1%}" if paired else "–",
+            _styled(paired.verdict) if paired else ("baseline" if stage.name == report.baseline else "–"),
+            megabytes(stage.artifact.size_bytes),
+            megabytes(stage.inference_peak_memory_bytes),
+            f"{_number(load.cold_s, '.2f')}/{_number(load.warm_s, '.2f')} s" if load else "–",
+        )
+    return table
+
+
+def _cost(report: Report) -> RenderableType:
+    table = _table("what each stage did, and its cost when it ran")
+    for column in ("stage", "pass", "status", "effect"):
+        table.add_column(column)
+    for column in ("time", "peak memory", "adds to store"):
+        table.add_column(column, justify="right")
+    for stage in report.stages:
+        table.add_row(
+            stage.name,
+            stage.pass_,
+            _styled(stage.status),
+            effect_in_words(stage),
+            f"{stage.cost.wall_s:.1f} s" if stage.cost.wall_s is not None else "–",
+            megabytes(stage.cost.peak_memory_bytes),
+            megabytes(stage.artifact.unique_bytes) if stage.artifact else "–",
+        )
+    return table
+
+
+def _failures(report: Report) -> RenderableType | None:
+    lines = []
+    for stage in report.stages:
+        if stage.reason:
+            log = f" (log: {escape(stage.log)})" if stage.log and stage.status == "failed" else ""
+            lines.append(f"[{STYLES.get(stage.status, 'default')}]{stage.name}[/]: {escape(stage.reason)}{log}")
+    return Text.from_markup("\n".join(lines)) if lines else None
+
+
+def _gates(report: Report) -> RenderableType | None:
+    if not report.gates:
+        return None
+    table = _table("gates")
+    table.add_column("gate")
+    table.add_column("result")
+    table.add_column("deciding value", justify="right")
+    for gate in report.gates:
+        value = _number(gate.observed, ".4g") if gate.observed is not None else escape(gate.reason or "–")
+        table.add_row(escape(gate.gate), _styled(gate.result), value)
+    return table
+
+
+def effect_in_words(stage: StageReport) -> str:
+    """What the stage changed, short."""
+    effect = stage.effect
+    if effect is None:
+        return "–"
+    if effect.kind == "none":
+        return "changed nothing"
+    words = [effect.kind]
+    if effect.weights_quantized is not None:
+        done, of = effect.weights_quantized
+        words.append(f"{done} of {of} weights quantized")
+    if effect.nodes is not None:
+        before, after = effect.nodes
+        words.append(f"{before} → {after} nodes" if before else f"{after} nodes")
+    return ", ".join(words)
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes as MB (10^6), GB from 10^10 on."""
+    if size is None:
+        return "–"
+    return f"{size / 1e9:.1f} GB" if size >= 1e10 else f"{size / 1e6:.1f} MB"
+
+
+def _points(report: Report) -> list[tuple[str, int, int]]:
+    found: dict[tuple[str, int, int], None] = {}
+    for stage in report.stages:
+        for point in stage.speed or ():
+            found[point.kind, point.batch, point.prompt] = None
+    return list(found)
+
+
+def _table(title: str) -> Table:
+    return Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _rate(figure: Interval) -> tuple[str, str]:
+    digits = 0 if figure.median >= 100 else 1
+    return f"{figure.median:,.{digits}f}", f"{figure.low:,.{digits}f}–{figure.high:,.{digits}f}"
+
+
+def _ratio(ratio: Ratio | None, stage: StageReport, report: Report) -> tuple[str, str, str]:
+    if ratio is None:
+        return "–", "–", "baseline" if stage.name == report.baseline else "–"
+    return f"{ratio.ratio:.2f}", f"{ratio.low:.2f}–{ratio.high:.2f}", _styled(ratio.verdict)
+
+
+def _plain_ratio(ratio: PlainRatio) -> str:
+    return f"{ratio.ratio:.4f} ({ratio.low:.4f}–{ratio.high:.4f})"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def _styled(word: str) -> str:
+    style = STYLES.get(word)
+    return f"[{style}]{word}[/]" if style else word
+
+

@@ -1,0 +1,214 @@
+"""Runs an ONNX graph of a causal language model with ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pipeline.artifact import MAIN_COMPONENT, ONNX_FILE, Artifact, numpy_dtype
+from pipeline.errors import HostError, PipelineError
+from pipeline.runtime.protocol import ExecutionSpec
+from pipeline.runtime.sequence import Sequence
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def _installed() -> str:
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+class OnnxRuntimeRunner:
+    """One session over mapped weights; what a step presents is the next step's past, never copied by us.
+
+    The interface names the tensors by role: inputs `tokens` and, where the graph has them, `mask` [B, past + S] and
+    `positions` [B, S]; `past.k[i]` and `past.v[i]` [B, kv_heads, T, head_dim]; outputs `logits` [B, S, V],
+    `present.k[i]` and `present.v[i]`. All integers are int64 unless the graph says int32.
+
+    Raises: PipelineError where the graph does not load or its interface is incomplete; HostError where the execution
+    provider is not there.
+    """
+
+    version: ClassVar[str] = f"1 onnxruntime {_installed()}"
+
+    def __init__(self, artifact: Artifact, spec: ExecutionSpec) -> None:
+        import onnxruntime as ort
+
+        available = ort.get_available_providers()
+        if spec.provider not in available:
+            raise HostError(
+                f"the stage asks for {spec.provider}; this ONNX Runtime has {', '.join(available)}",
+                hint="install the ONNX Runtime package that has it, or choose another profile",
+            )
+        interface = artifact.interface
+        if "tokens" not in interface.inputs or "logits" not in interface.outputs:
+            raise PipelineError("the graph's interface names no input `tokens` or no output `logits`")
+        if interface.cache is None or interface.max_length is None:
+            raise PipelineError("the graph's interface has no cache layout or no max_length")
+        self._inputs = interface.inputs
+        self._logits = interface.outputs["logits"]
+        self._layout = interface.cache
+        self._logits_to_keep = interface.logits_to_keep
+        layers = range(interface.cache.layers)
+        try:
+            self._pasts = [interface.inputs[f"past.{part}[{i}]"] for i in layers for part in "kv"]
+            self._presents = [interface.outputs[f"present.{part}[{i}]"] for i in layers for part in "kv"]
+        except KeyError as missing:
+            raise PipelineError(f"the graph's interface has no tensor for the role {missing}") from None
+
+        self._session, self._weights = _open_session(artifact, spec)
+        self._types = {node.name: (node.type, node.shape) for node in self._session.get_inputs()}
+        unknown = set(self._types) - set(self._inputs.values()) - {self._logits_to_keep}
+        if unknown:
+            raise PipelineError(f"the interface gives no role to the graph's inputs {', '.join(sorted(unknown))}")
+        self._device = "cuda" if "cuda" in spec.provider.lower() else "cpu"
+        self.max_length = interface.max_length
+        self.vocab_size = interface.vocab_size or self._vocabulary()
+        self._sequence = Sequence(self.max_length)
+        self._past: list[Any] = []
+
+    @staticmethod
+    def import_libraries(artifact: Artifact) -> None:
+        """Import all that loading needs, so that a load time does not count it."""
+        import ml_dtypes  # noqa: F401
+        import onnxruntime  # noqa: F401
+
+    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+        """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""
+        batch, length = self._sequence.check_prompt(tokens)
+        self.reset()
+        logits = self._forward(tokens, keep=1)
+        self._sequence.extend(batch, length)
+        return logits[:, -1]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Append one token a sequence, [B, 1], and return its logits [B, V]."""
+        batch = self._sequence.check_step(tokens)
+        logits = self._forward(tokens, keep=1)
+        self._sequence.extend(batch, 1)
+        return logits[:, -1]
+
+    def score(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """Logits of all positions of [B, S] from an empty cache, in order, in chunks [B, C, V].
+
+        With B > 1 the positions run at once: GroupQueryAttention refuses several sequences of several tokens each
+        after a past.
+        """
+        batch, length = self._sequence.check_prompt(tokens)
+        self.reset()
+        step = self._sequence.chunk_length(batch, self.vocab_size) if batch == 1 else length
+        for begin in range(0, length, step):
+            part = tokens[:, begin : begin + step]
+            logits = self._forward(part, keep=part.shape[1])
+            self._sequence.extend(batch, part.shape[1])
+            yield logits
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._past = []
+        self._sequence.reset()
+
+    def _forward(self, tokens: np.ndarray, *, keep: int) -> np.ndarray:
+        """Logits [B, C, V] of these tokens after what the cache holds; at least the last `keep` positions."""
+        import numpy as np
+
+        batch, length = tokens.shape
+        past = self._sequence.length
+        binding = self._session.io_binding()
+        binding.bind_cpu_input(self._inputs["tokens"], self._integers(self._inputs["tokens"], tokens))
+        if (mask := self._inputs.get("mask")) is not None:
+            binding.bind_cpu_input(mask, self._integers(mask, np.ones((batch, past + length))))
+        if (positions := self._inputs.get("positions")) is not None:
+            rows = np.broadcast_to(np.arange(past, past + length), (batch, length))
+            binding.bind_cpu_input(positions, self._integers(positions, rows))
+        if self._logits_to_keep is not None:
+            shape = self._types[self._logits_to_keep][1]
+            count = self._integers(self._logits_to_keep, np.full([1] * len(shape), keep))
+            binding.bind_cpu_input(self._logits_to_keep, count)
+        for name, value in zip(self._pasts, self._past or self._empty_past(batch), strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self._logits, "cpu")
+        for name in self._presents:
+            binding.bind_output(name, self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
+            self.reset()
+            raise PipelineError(f"ONNX Runtime failed on tokens {[batch, length]} after {past}: {error}") from error
+        logits, *self._past = binding.get_outputs()  # in the order of binding
+        return _float32(logits)
+
+    def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
+        """`values` in the integer type that the graph's input has."""
+        import numpy as np
+
+        return np.ascontiguousarray(values, dtype=np.int32 if self._types[name][0] == "tensor(int32)" else np.int64)
+
+    def _empty_past(self, batch: int) -> list[Any]:
+        import numpy as np
+
+        layout = self._layout
+        empty = _ort_value(np.empty((batch, layout.kv_heads, 0, layout.head_dim), numpy_dtype(layout.dtype)))
+        return [empty] * len(self._pasts)
+
+    def _vocabulary(self) -> int:
+        shape = next(node.shape for node in self._session.get_outputs() if node.name == self._logits)
+        if not isinstance(shape[-1], int):
+            raise PipelineError("neither the graph nor its interface says how large the vocabulary is")
+        return shape[-1]
+
+
+def _open_session(artifact: Artifact, spec: ExecutionSpec) -> tuple[Any, list[Any]]:
+    """(session, values that own its mapped weights)."""
+    import onnxruntime as ort
+
+    component = artifact.component
+    if ONNX_FILE not in component.files:
+        raise PipelineError(f"the artifact has no {ONNX_FILE}")
+    name = next((n for n, c in artifact.manifest.components.items() if c is component), MAIN_COMPONENT)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = spec.threads
+    options.inter_op_num_threads = 1
+    # an idle session must not take cores from another that runs
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    for key, value in spec.options.items():
+        options.add_session_config_entry(key, str(value))
+    weights = [_ort_value(artifact.tensor(tensor, name)) for tensor in component.tensors]
+    if weights:
+        options.add_external_initializers(list(component.tensors), weights)
+    graph = artifact.locate(component.files[ONNX_FILE]).read_bytes()
+    try:
+        return ort.InferenceSession(graph, options, providers=[spec.provider]), weights
+    except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
+        raise PipelineError(f"ONNX Runtime cannot load the graph: {error}") from error
+
+
+def _ort_value(array: np.ndarray) -> Any:
+    """An OrtValue over the array's own memory."""
+    import onnxruntime as ort
+
+    if array.dtype.type.__module__ == "ml_dtypes":
+        import onnx_ir
+
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(onnx_ir.DataType.from_numpy(array.dtype)))
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _float32(value: Any) -> np.ndarray:
+    """A copy of an OrtValue on the host as float32."""
+    import ctypes
+
+    import ml_dtypes
+    import numpy as np
+
+    if value.data_type() != "tensor(bfloat16)":  # numpy knows the type
+        return np.array(value.numpy(), dtype=np.float32)
+    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    return np.frombuffer(raw, ml_dtypes.bfloat16).reshape(value.shape()).astype(np.float32)
