@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
 from pipeline.artifact import (
     MAIN_COMPONENT,
     ONNX_FILE,
@@ -21,31 +19,26 @@ from pipeline.artifact import (
     Interface,
     Manifest,
     TensorRef,
-    map_tensor,
-    numpy_dtype,
 )
 from pipeline.errors import PipelineError
 from pipeline.store.writer import OutputWriter, weights_name
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx_ir as ir
+
+    from pipeline.stored_tensor import StoredTensor as StoredTensor
 
 INLINE_BYTES = 1024
 """Initializers up to this size stay inside model.onnx, where the optimizers can see their values."""
 
 
-class StoredTensor(ir.LazyTensor):
-    """A tensor whose bytes lie in a file; mapped when asked for."""
+def __getattr__(name: str) -> Any:
+    if name != "StoredTensor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline.stored_tensor import StoredTensor
 
-    def __init__(self, name: str, path: Path, ref: TensorRef, entry: FileEntry | None) -> None:
-        self.path = path
-        self.ref = ref
-        self.entry = entry  # None while the pack that holds it is still being written
-        dtype = ir.DataType.from_numpy(numpy_dtype(ref.dtype))
-        super().__init__(self._map, dtype=dtype, shape=ir.Shape(ref.shape), name=name)
-
-    def _map(self) -> ir.TensorProtocol:
-        return ir.Tensor(map_tensor(self.path, self.ref), dtype=self.dtype, shape=self.shape, name=self.name)
+    return StoredTensor
 
 
 def load_onnx(artifact: Artifact, component: str = MAIN_COMPONENT) -> ir.Model:
@@ -53,6 +46,10 @@ def load_onnx(artifact: Artifact, component: str = MAIN_COMPONENT) -> ir.Model:
 
     Raises: PipelineError where the component has no ONNX graph, or the graph names bytes that the manifest does not.
     """
+    import onnx_ir as ir
+
+    from pipeline.stored_tensor import StoredTensor
+
     part = artifact.manifest.components[component]
     if ONNX_FILE not in part.files:
         raise PipelineError(f"component {component!r} has format {part.format!r}, not onnx")
@@ -71,6 +68,10 @@ def load_onnx(artifact: Artifact, component: str = MAIN_COMPONENT) -> ir.Model:
 
 def new_tensor(output: OutputWriter, name: str, array: np.ndarray) -> ir.TensorProtocol:
     """A tensor for the graph: small ones in memory, others streamed to the pack at once, so that `array` can go."""
+    import onnx_ir as ir
+
+    from pipeline.stored_tensor import StoredTensor
+
     if array.nbytes <= INLINE_BYTES:
         return ir.Tensor(array, name=name)
     ref = output.tensor(array)
@@ -79,41 +80,48 @@ def new_tensor(output: OutputWriter, name: str, array: np.ndarray) -> ir.TensorP
 
 def referenced_tensor(name: str, path: Path, ref: TensorRef, entry: FileEntry) -> ir.TensorProtocol:
     """A tensor for the graph whose bytes lie in a file of another artifact, such as a checkpoint."""
+    from pipeline.stored_tensor import StoredTensor
+
     return StoredTensor(name, path, ref.model_copy(update={"file": weights_name(entry)}), entry)
 
 
 def onnx_component(model: ir.Model, output: OutputWriter) -> Component:
-    """Write the graph and the initializers that are new, and return the component. `model` is used up."""
-    external: dict[str, TensorRef] = {}
-    sources: dict[str, FileEntry] = {}
-    holders: list[tuple[ir.Value, StoredTensor]] = []
+    """Write the graph and the initializers that are new, and return the component. `model` is used up.
+
+    Raises: PipelineError where an initializer has no value, or two graphs of the model have one of the same name.
+    """
+    import onnx_ir as ir
+
+    from pipeline.stored_tensor import StoredTensor
+
+    holders: dict[str, tuple[ir.Value, StoredTensor]] = {}
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             tensor = value.const_value
             if tensor is None:
                 raise PipelineError(f"initializer {name!r} has no value")
             if not isinstance(tensor, StoredTensor):
-                if tensor.nbytes <= INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
+                packed = tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8  # numpy's bytes are not ONNX's
+                if packed or tensor.nbytes <= INLINE_BYTES:
                     continue
-                tensor = new_tensor(output, name, _plain(tensor))
-            if not isinstance(tensor, StoredTensor):
-                continue
-            holders.append((value, tensor))
+                tensor = new_tensor(output, name, tensor.numpy())
+            if name in holders:
+                raise PipelineError(f"two graphs of the model have an initializer {name!r}")
+            assert isinstance(tensor, StoredTensor)
+            holders[name] = value, tensor
     pack = output.close_pack()
-    if pack is not None:
-        sources[pack[0]] = pack[1]
-    for value, tensor in holders:
+    sources: dict[str, FileEntry] = {}
+    external: dict[str, TensorRef] = {}
+    for name, (value, tensor) in holders.items():
         if tensor.entry is not None:
-            file = weights_name(tensor.entry)
-            sources[file] = tensor.entry
+            file, entry = weights_name(tensor.entry), tensor.entry
         else:
             assert pack is not None
-            file = pack[0]
-        name = str(value.name)
-        ref = tensor.ref.model_copy(update={"file": file})
-        external[name] = ref
+            file, entry = pack
+        sources[file] = entry
+        external[name] = tensor.ref.model_copy(update={"file": file})
         value.const_value = ir.ExternalTensor(
-            file, ref.offset, ref.length, tensor.dtype, shape=ir.Shape(ref.shape), name=name
+            file, tensor.ref.offset, tensor.ref.length, tensor.dtype, shape=tensor.shape, name=name
         )
     data = ir.to_proto(model).SerializeToString(deterministic=True)
     files = {ONNX_FILE: output.file(ONNX_FILE, data), **dict(sorted(sources.items()))}
@@ -139,6 +147,3 @@ def save_onnx(
     )
     return Artifact(manifest, like.blobs)
 
-
-def _plain(tensor: ir.TensorProtocol) -> np.ndarray:
-    return tensor.numpy()

@@ -71,23 +71,31 @@ class Plan(Frozen):
 def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None = None) -> list[Stage]:
     """The stages to run: all, those listed up to `until`, or `only` with what it is made from.
 
+    The baseline and what it is made from are always among them.
+
     Raises: RecipeError where there is no such stage.
     """
     for given in filter(None, (until, only)):
         if given not in recipe.stage_names:
             raise RecipeError(f"there is no stage {given!r}", hint=did_you_mean(given, recipe.stage_names, noun="stages"))
-    stages = list(recipe.stages)
+    listed = recipe.stage_names
     if until is not None:
-        stages = [] if until == SOURCE else stages[: recipe.stage(until).index + 1]
-    if only is not None:
-        wanted, waiting = set(), [only]
-        while waiting:
-            name = waiting.pop()
-            if name != SOURCE and name not in wanted:
-                wanted.add(name)
-                waiting += [recipe.stage(name).parent, *recipe.stage(name).inputs.values()]
-        stages = [s for s in stages if s.name in wanted]
-    return stages
+        wanted = set(listed[: listed.index(until) + 1])
+    else:
+        wanted = _with_ancestors(recipe, only) if only is not None else set(listed)
+    wanted |= _with_ancestors(recipe, recipe.evaluate.baseline)
+    return [stage for stage in recipe.stages if stage.name in wanted]
+
+
+def _with_ancestors(recipe: Recipe, name: str) -> set[str]:
+    found, waiting = set(), [name]
+    while waiting:
+        current = waiting.pop()
+        if current != SOURCE and current not in found:
+            found.add(current)
+            stage = recipe.stage(current)
+            waiting += [stage.parent, *stage.inputs.values()]
+    return found
 
 
 def make_plan(

@@ -111,8 +111,7 @@ def _asymmetric(values: np.ndarray, bits: int, scales: np.ndarray, zeros: np.nda
 
     largest = (1 << bits) - 1
     high, low = np.maximum(values.max(axis=-1), 0), np.minimum(values.min(axis=-1), 0)
-    np.divide(high, largest, out=scales)
-    scales -= low / largest
+    np.divide(high - low, largest, out=scales)
     inverse = _inverse(scales)
     zeros[...] = _rounded(-low * inverse, bits)
     values *= inverse[..., None]

@@ -23,12 +23,12 @@ class LiveDisplay(Events):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)
-        self._live = Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self._render)
         self._rows: dict[str, str] = {}
         self._current: str | None = None
         self._message = ""
         self._began = time.monotonic()
         self._measuring = ""
+        self._live = Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self._render)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:

@@ -19,7 +19,8 @@ FLAT = 0.03
 """A warm-up is over when the medians of its last two thirds differ by no more than this share."""
 
 LEAST_ITERATIONS = 6
-"""Iterations before flatness is judged."""
+LEAST_WARM_UP_S = 0.2
+"""Iterations and seconds before flatness is judged."""
 
 Clock = Callable[[], int]
 """Nanoseconds, monotonic."""
@@ -71,9 +72,11 @@ def warm_up(
     """Run iterations until their times are flat, or `cap_s` has passed and there were at least two."""
     begin = clock()
     seconds: list[float] = []
+    total = 0.0
     for took in _iterations(runner, point, tokens, steps, clock):
         seconds.append(took)
-        if is_flat(seconds):
+        total += took
+        if total >= min(LEAST_WARM_UP_S, cap_s) and is_flat(seconds):
             return WarmUp(seconds, True)
         if len(seconds) >= 2 and (clock() - begin) / 1e9 >= cap_s:
             break

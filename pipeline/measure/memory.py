@@ -8,6 +8,7 @@ file shows in the second and not in the first.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -96,21 +97,21 @@ def _status(pid: int) -> dict[str, int]:
 
 def _children(pid: int) -> list[int]:
     """Children of every thread of the process; empty where it is gone."""
+    if not (PROC / "thread-self" / "children").exists():  # the kernel was built without these files
+        import psutil
+
+        try:
+            return [child.pid for child in psutil.Process(pid).children()]
+        except psutil.Error:
+            return []
     found: list[int] = []
     try:
-        for task in (PROC / str(pid) / "task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    except FileNotFoundError:
-        # the process or a thread ended meanwhile, or the kernel was built without these files
-        if not (PROC / "self" / "task" / str(threading.get_native_id()) / "children").exists():
-            import psutil
-
-            try:
-                return [child.pid for child in psutil.Process(pid).children()]
-            except psutil.Error:
-                return []
+        tasks = list((PROC / str(pid) / "task").iterdir())
     except OSError:
-        pass
+        return []
+    for task in tasks:
+        with suppress(OSError):  # a thread that ended meanwhile
+            found += map(int, (task / "children").read_text().split())
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 from pipeline.artifact import Artifact
 from pipeline.errors import StageError
+from pipeline.parent import worker_environment
 from pipeline.runtime import ExecutionSpec
 
 LOG_LINES = 12
@@ -46,24 +47,14 @@ class Worker:
         self.log = log
         self._spec = spec
         log.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(spec.threads)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "OPENBLAS_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
         with log.open("ab") as sink:
             self._log_start = sink.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pipeline.measure.worker", str(os.getpid())],
+                [sys.executable, "-P", "-m", "pipeline.measure.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,
-                env=environment,
+                env=worker_environment(spec.threads),
                 start_new_session=True,
             )
 

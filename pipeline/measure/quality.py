@@ -43,9 +43,9 @@ LEAST_BLOCKS = 8
 class QualityWorkload(Frozen):
     """How much of the text is scored, and how."""
 
-    window: int = Field(512, ge=2, description="tokens that a model sees at once")
-    stride: int = Field(256, ge=1, description="tokens from one window to the next")
-    tokens: int = Field(20000, ge=2, description="tokens of the text that are used, at most")
+    window: int = Field(default=512, ge=2, description="tokens that a model sees at once")
+    stride: int = Field(default=256, ge=1, description="tokens from one window to the next")
+    tokens: int = Field(default=20000, ge=2, description="tokens of the text that are used, at most")
 
 
 class RatioInterval(Frozen):
@@ -74,13 +74,13 @@ class StageQuality(Frozen):
 
     perplexity: float | None = Field(description="None where it is not finite")
     tokens: int = Field(description="tokens that were scored")
-    non_finite_tokens: int = Field(0, description="those whose likelihood is not a number")
+    non_finite_tokens: int = Field(default=0, description="those whose likelihood is not a number")
     kept_tokens: int = Field(description="those whose whole distribution was compared")
     window: int
     stride: int
     sample_prompt: str = ""
-    sample_text: str = Field("", description="greedy text after the prompt")
-    vs_baseline: QualityComparison | None = Field(None, description="None for the baseline")
+    sample_text: str = Field(default="", description="greedy text after the prompt")
+    vs_baseline: QualityComparison | None = Field(default=None, description="None for the baseline")
 
 
 class QualityMeasurement(Frozen):

@@ -14,7 +14,7 @@ class Sample(Frozen):
     """One block of one stage in one round."""
 
     stage: str
-    replica: int = Field(0, description="1 for the second worker of the baseline, which shows the noise")
+    replica: int = Field(default=0, description="1 for the second worker of the baseline, which shows the noise")
     launch: int = Field(description="which set of processes, from 0")
     round: int = Field(description="within the launch, from 0; samples of a round were taken next to each other")
     order: int = Field(description="position within the round, shuffled anew each time")
@@ -54,7 +54,7 @@ class LoadTimes(Frozen):
     """Seconds to load a stage; None where it was not measured."""
 
     cold_s: float | None = None
-    warm_s: float | None = Field(None, description="median of the later loads")
+    warm_s: float | None = Field(default=None, description="median of the later loads")
 
 
 class SpeedMeasurement(Frozen):
@@ -63,7 +63,7 @@ class SpeedMeasurement(Frozen):
     baseline: str
     seed: int
     launches: int = 0
-    rounds: int = Field(0, description="in all launches together; with groups, those of the longest")
+    rounds: int = Field(default=0, description="in all launches together; with groups, those of the longest")
     decode_tokens: dict[str, int] = Field(
         default_factory=dict, description="point -> tokens that a decode block takes after each prompt"
     )
@@ -77,5 +77,5 @@ class SpeedMeasurement(Frozen):
     inference_peak_rss_bytes: dict[str, int] = Field(default_factory=dict)
     failures: dict[str, str] = Field(default_factory=dict, description="stage -> why it was not measured to the end")
     logs: dict[str, str] = Field(default_factory=dict, description="stage -> path of its workers' log")
-    notes: tuple[str, ...] = Field((), description="what a reader should know about how it went")
+    notes: tuple[str, ...] = Field(default=(), description="what a reader should know about how it went")
     wall_s: float = 0.0

@@ -43,7 +43,7 @@ WEIGHTS_FACTOR = 1.5
 Progress = Callable[[float, str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Seat:
     """One process of a launch: a stage, or the second process of the baseline."""
 
@@ -159,10 +159,10 @@ class _Schedule:
                 break
             if not counts:
                 break
-        if launches < LAUNCHES:
-            self.record.notes.append(
-                f"{launches} of {LAUNCHES} launches: the intervals do not cover what differs from launch to launch"
-            )
+        if launches == 1:
+            self.record.notes.append("one launch: the intervals do not cover what differs from launch to launch")
+        elif launches < LAUNCHES:
+            self.record.notes.append(f"{launches} launches instead of {LAUNCHES}, for the budget")
         return self._result(launches, most)
 
     # Preparation
@@ -179,7 +179,7 @@ class _Schedule:
             f"together the models take about {need / 1e9:.1f} GB and {available_bytes / 1e9:.1f} GB are free: "
             f"each stage ran beside {self.baseline} alone"
         )
-        return [[_Seat(base), other] for other in [again, *seats] if other != _Seat(base)]
+        return [[_Seat(base), other] for other in [again, *seats] if other.replica or other.stage is not base]
 
     def _cold_loads(self, groups: list[list[_Seat]], start_worker: StartWorker) -> None:
         """Time cold loads that the first launch cannot: pages that another process maps cannot be dropped."""

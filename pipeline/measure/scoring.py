@@ -41,12 +41,14 @@ class ScoreWork(Frozen):
     tokens: str = Field(description="path of a .npy file: int64 token ids, one dimension")
     windows: tuple[Window, ...]
     folder: str = Field(description="where to write this stage's predictions")
-    baseline: str | None = Field(None, description="folder of the baseline's predictions; None for the baseline itself")
+    baseline: str | None = Field(
+        default=None, description="folder of the baseline's predictions; None for the baseline itself"
+    )
     kept: tuple[int, ...] = Field(
         (), description="indices of the scored tokens whose distributions are kept, ascending"
     )
-    prompt: tuple[int, ...] = Field((), description="prompt of the greedy text")
-    new_tokens: int = Field(0, ge=0, description="tokens of greedy text")
+    prompt: tuple[int, ...] = Field(default=(), description="prompt of the greedy text")
+    new_tokens: int = Field(default=0, ge=0, description="tokens of greedy text")
 
 
 class Scored(Frozen):

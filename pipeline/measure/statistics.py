@@ -64,7 +64,9 @@ class SpeedPoint(Frozen):
     launches: int
     tokens_per_s: Interval
     latency_s: Interval = Field(description="of a whole batch of prompts, or of one decoded token a sequence")
-    vs_baseline: SpeedRatio | None = Field(None, description="None for the baseline, and where no round has both")
+    vs_baseline: SpeedRatio | None = Field(
+        default=None, description="None for the baseline, and where no round has both"
+    )
     vs_parent: SpeedRatio | None = None
 
 

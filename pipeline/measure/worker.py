@@ -1,4 +1,4 @@
-"""The process that loads one artifact and runs it: `python -m pipeline.measure.worker PARENT_PID`.
+"""The process that loads one artifact and runs it: `python -m pipeline.measure.worker`.
 
 Requests come as JSON lines on standard input; each gets one JSON line, `{"ok": …}` or `{"error": …}`, on a private
 copy of standard output. Whatever libraries print goes to standard error, which the parent makes a log file. Between
@@ -12,10 +12,8 @@ requests the process blocks in a read.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -28,10 +26,10 @@ from pipeline.artifact import Artifact, Manifest
 from pipeline.errors import PipelineError
 from pipeline.measure.block import run_block, warm_up
 from pipeline.measure.workload import Point, fixed_tokens
+from pipeline.parent import die_with_parent
 from pipeline.runtime import CausalLMRunner, ExecutionSpec, load_runner
 from pipeline.runtime.protocol import RUNNERS
 
-PR_SET_PDEATHSIG = 1
 RECORDED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -107,15 +105,6 @@ def _import_libraries(artifact: Artifact) -> None:
                 prepare(artifact)
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends; where it cannot, the end of standard input does."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(1)
-
-
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer requests until their stream ends."""
     session = Session()
@@ -132,7 +121,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def main() -> None:
-    die_with(int(sys.argv[1]))
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.stdin, answers)

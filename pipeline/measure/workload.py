@@ -41,7 +41,7 @@ class Workload(Frozen):
     """The points at which every stage is measured: prefill and decode for each prompt length and batch size."""
 
     prompt_lengths: tuple[int, ...] = (128,)
-    new_tokens: int = Field(64, ge=1)
+    new_tokens: int = Field(default=64, ge=1)
     batch_sizes: tuple[int, ...] = (1,)
 
     def points(self) -> Iterator[Point]:

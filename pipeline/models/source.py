@@ -219,5 +219,7 @@ def _hub_snapshot(name: str, revision: str | None, *, download: bool) -> Path:
         why = "is not in the local cache" if not download else "is not in the local cache and the hub cannot be reached"
         raise HostError(
             f"the model {name!r} {why} ({type(error).__name__})",
-            hint="download it where there is a network, and give its folder: model: {path: FOLDER}",
+            hint="`pipeline run` downloads it"
+            if not download
+            else "download it where there is a network, and give its folder: model: {path: FOLDER}",
         ) from None

@@ -6,8 +6,9 @@ failure decides: a gate passes only when the evidence says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pipeline.report.schema import GateResult, Report, Speed, StageReport
 
@@ -56,7 +57,12 @@ def _one(read: Callable[[StageReport], float | None]) -> Callable[[StageReport, 
 
 def _perplexity_ratio(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
     paired = stage.quality.vs_baseline if stage.quality else None
-    return [Bounds(paired.perplexity_ratio.low, paired.perplexity_ratio.high)] if paired else []
+    if paired is None:
+        return []
+    ratio = paired.perplexity_ratio
+    if ratio.low is None or ratio.high is None:  # the stage's predictions are not numbers: no bound holds
+        return [Bounds(math.nan, math.nan)]
+    return [Bounds(ratio.low, ratio.high)]
 
 
 def _paired(field: str) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
@@ -111,4 +117,5 @@ def evaluate_gate(gate: Condition, report: Report) -> GateResult:
         observed = max(b.high for b in bounds)
     else:
         observed = next((v for b in bounds for v in b if not gate.holds(v)), bounds[0].low)
-    return GateResult(gate=gate.text, result="passed" if gate.holds(observed) else "failed", observed=observed)
+    result: Literal["passed", "failed"] = "passed" if gate.holds(observed) else "failed"
+    return GateResult(gate=gate.text, result=result, observed=observed if math.isfinite(observed) else None)

@@ -40,11 +40,11 @@ class Ratio(Part):
 
 
 class PlainRatio(Part):
-    """A ratio with its 95 % interval, without a verdict."""
+    """A ratio with its 95 % interval, without a verdict. Null where it is not finite."""
 
-    ratio: float
-    low: float
-    high: float
+    ratio: float | None
+    low: float | None
+    high: float | None
 
 
 class NoiseFloor(Part):
@@ -99,10 +99,11 @@ class Effect(Part):
     """What the stage really changed, found by comparing its artifact with its parent's."""
 
     kind: Literal["none", "graph", "weights", "execution", "conversion"]
-    nodes: tuple[int, int] | None = Field(None, description="before, after")
+    nodes: tuple[int | None, int | None] | None = Field(None, description="before, after; null for torch")
     operators: dict[str, tuple[int, int]] = Field(default_factory=dict, description="those whose number changed")
     rules: dict[str, tuple[int, int]] = Field(default_factory=dict, description="rule -> done, of")
     weights_quantized: tuple[int, int] | None = Field(None, description="done, of")
+    weights_changed: tuple[int, int] | None = Field(None, description="torch: tensors with other bytes, of all")
 
 
 class Target(Part):
@@ -125,9 +126,9 @@ class QualityRatio(Part):
     """Paired with the baseline on the same tokens."""
 
     perplexity_ratio: PlainRatio
-    kl_divergence: float = Field(description="nats per token, KL(baseline || stage)")
-    top1_agreement: float
-    max_abs_logit_error: float
+    kl_divergence: float | None = Field(description="nats per token, KL(baseline || stage); null: not finite")
+    top1_agreement: float | None
+    max_abs_logit_error: float | None
     first_divergence: int | None = Field(description="first token of the sample text that differs; null: none")
     verdict: Quality
 
@@ -136,7 +137,8 @@ class QualityFacts(Part):
     perplexity: float | None
     tokens: int = Field(description="tokens scored")
     compared_tokens: int | None = Field(None, description="tokens whose whole distributions were compared")
-    sample_text: str | None = None
+    sample_prompt: str | None = None
+    sample_text: str | None = Field(None, description="greedy continuation of the prompt")
     vs_baseline: QualityRatio | None = None
 
 

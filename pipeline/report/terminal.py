@@ -93,8 +93,8 @@ def _quality(report: Report) -> RenderableType | None:
             stage.name,
             _number(quality.perplexity, ".3f") if quality else "–",
             _plain_ratio(paired.perplexity_ratio) if paired else "–",
-            f"{paired.kl_divergence:.2g}" if paired else "–",
-            f"{paired.top1_agreement:.1%}" if paired else "–",
+            _number(paired.kl_divergence, ".2g") if paired else "–",
+            _number(paired.top1_agreement, ".1%") if paired else "–",
             _styled(paired.verdict) if paired else ("baseline" if stage.name == report.baseline else "–"),
             megabytes(stage.artifact.size_bytes),
             megabytes(stage.inference_peak_memory_bytes),
@@ -155,9 +155,9 @@ def effect_in_words(stage: StageReport) -> str:
     if effect.weights_quantized is not None:
         done, of = effect.weights_quantized
         words.append(f"{done} of {of} weights quantized")
-    if effect.nodes is not None:
-        before, after = effect.nodes
-        words.append(f"{before} → {after} nodes" if before else f"{after} nodes")
+    before, after = effect.nodes or (None, None)
+    if after is not None:
+        words.append(f"{after} nodes" if before in {None, after} else f"{before} → {after} nodes")
     return ", ".join(words)
 
 
@@ -192,6 +192,8 @@ def _ratio(ratio: Ratio | None, stage: StageReport, report: Report) -> tuple[str
 
 
 def _plain_ratio(ratio: PlainRatio) -> str:
+    if ratio.ratio is None or ratio.low is None or ratio.high is None:
+        return "not finite"
     return f"{ratio.ratio:.4f} ({ratio.low:.4f}–{ratio.high:.4f})"
 
 

@@ -121,18 +121,17 @@ class OnnxRuntimeRunner:
 
         batch, length = tokens.shape
         past = self._sequence.length
-        binding = self._session.io_binding()
-        binding.bind_cpu_input(self._inputs["tokens"], self._integers(self._inputs["tokens"], tokens))
+        given = {self._inputs["tokens"]: tokens}
         if (mask := self._inputs.get("mask")) is not None:
-            binding.bind_cpu_input(mask, self._integers(mask, np.ones((batch, past + length))))
+            given[mask] = np.ones((batch, past + length))
         if (positions := self._inputs.get("positions")) is not None:
-            rows = np.broadcast_to(np.arange(past, past + length), (batch, length))
-            binding.bind_cpu_input(positions, self._integers(positions, rows))
+            given[positions] = np.broadcast_to(np.arange(past, past + length), (batch, length))
         if self._logits_to_keep is not None:
-            shape = self._types[self._logits_to_keep][1]
-            count = self._integers(self._logits_to_keep, np.full([1] * len(shape), keep))
-            binding.bind_cpu_input(self._logits_to_keep, count)
-        for name, value in zip(self._pasts, self._past or self._empty_past(batch), strict=True):
+            given[self._logits_to_keep] = np.full([1] * len(self._types[self._logits_to_keep][1]), keep)
+        values = {name: _ort_value(self._integers(name, array)) for name, array in given.items()}
+        values |= zip(self._pasts, self._past or self._empty_past(batch), strict=True)
+        binding = self._session.io_binding()
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._logits, "cpu")
         for name in self._presents:

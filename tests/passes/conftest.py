@@ -1,19 +1,21 @@
-"""Tiny random models, saved as a user's checkpoint is, and their artifacts."""
+"""Tiny random models, saved as a user's checkpoint is, and the artifacts that passes make of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pipeline import Artifact, PassContext
-from pipeline.artifact import Manifest, blob_path
+from pipeline import Artifact, Pass, PassContext
 from pipeline.models.source import find_source, source_artifact
+from pipeline.store.folder import materialize
 from pipeline.store.store import Store
 from pipeline.store.writer import OutputWriter
 
-LLAMA: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -21,4 +23,127 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 300,
     "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
+"""A small decoder with two query heads for each key-value head, in the names that most configurations share."""
+
+
+class Bench:
+    """A store, and passes run against it without the engine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = Store(folder / "store")
+        self._count = 0
+
+    def new_folder(self, name: str) -> Path:
+        self._count += 1
+        folder = self.folder / f"{self._count}-{name}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def checkpoint(self, config: Any, dtype: str = "float32") -> Path:
+        """Save a random model of that configuration and return its folder. Equal configurations are equal models."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.normal_(centre, 0.15)
+        folder = self.new_folder("checkpoint")
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        (folder / "tokenizer.json").write_text("{}")
+        return folder
+
+    def source(self, folder: Path) -> Artifact:
+        return source_artifact(find_source("path", str(folder), relative_to=folder), self.store)
+
+    def run(self, cls: type[Pass], artifact: Artifact, **params: Any) -> Artifact:
+        """Run a pass and publish what it made."""
+        staging = self.new_folder(cls.name)
+        made = cls().run(artifact, cls.Params(**params), PassContext(output=OutputWriter(staging)))
+        return self.store.publish(staging, made.manifest)
+
+    def session(self, artifact: Artifact) -> Any:
+        """A plain ONNX Runtime session of the artifact's ordinary copy."""
+        import onnxruntime
+
+        folder = self.new_folder("copy") / "model"
+        materialize(artifact, folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        return onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(bench: Bench) -> Path:
+    """A Llama in bfloat16 whose head is its embedding."""
+    from transformers import LlamaConfig
+
+    return bench.checkpoint(LlamaConfig(**SIZES, tie_word_embeddings=True), "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def llama(bench: Bench, llama_folder: Path) -> Artifact:
+    return bench.source(llama_folder)
+
+
+@pytest.fixture(scope="session")
+def exported_llama(bench: Bench, llama: Artifact) -> Artifact:
+    from passes.export.export_onnx import ExportOnnx
+
+    return bench.run(ExportOnnx, llama)
+
+
+@pytest.fixture(scope="session")
+def logits_of(bench: Bench) -> Callable[..., np.ndarray]:
+    """Logits [B, S, V] of a causal LM artifact for tokens [B, S], and a mask [B, S] of what is no padding."""
+
+    def logits(artifact: Artifact, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        return Decoder(bench.session(artifact), artifact).step(tokens, mask)
+
+    return logits
+
+
+class Decoder:
+    """A causal LM session and its key-value cache."""
+
+    def __init__(self, session: Any, artifact: Artifact) -> None:
+        cache = artifact.interface.cache
+        assert cache is not None
+        self.session = session
+        self.roles = artifact.interface
+        self.empty = np.zeros((1, cache.kv_heads, 0, cache.head_dim), np.float32)
+        self.past: dict[str, np.ndarray] = {}
+        self.mask: np.ndarray | None = None
+
+    def step(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        batch = len(tokens)
+        mask = np.ones(tokens.shape, np.int64) if mask is None else mask
+        total = mask if self.mask is None else np.concatenate([self.mask, mask], axis=1)
+        positions = np.maximum(total.cumsum(axis=1) - 1, 0)[:, -tokens.shape[1] :]
+        inputs = self.roles.inputs
+        feeds = {inputs["tokens"]: tokens, inputs["mask"]: total, inputs["positions"]: positions}
+        for role, name in inputs.items():
+            if role.startswith("past."):
+                feeds[name] = self.past.get(role, self.empty.repeat(batch, axis=0))
+        roles, names = zip(*self.roles.outputs.items(), strict=True)
+        results = dict(zip(roles, self.session.run(list(names), feeds), strict=True))
+        self.past = {role.replace("present", "past"): array for role, array in results.items() if role != "logits"}
+        self.mask = total
+        return results["logits"]
+
+
+@pytest.fixture(scope="session")
+def decoder(bench: Bench) -> Callable[[Artifact], Decoder]:
+    return lambda artifact: Decoder(bench.session(artifact), artifact)

@@ -1,0 +1,220 @@
+"""From a run's values to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pipeline.artifact import Artifact
+from pipeline.execute import StageResult
+from pipeline.measure.effect import Effect as FoundEffect
+from pipeline.measure.quality import StageQuality
+from pipeline.measure.samples import SpeedMeasurement
+from pipeline.measure.statistics import NoiseFloor as MeasuredFloor
+from pipeline.measure.statistics import SpeedPoint, speed_figures
+from pipeline.plan import Plan, PlannedStage, digest_of
+from pipeline.recipe import Recipe
+from pipeline.report.gates import Condition, evaluate_gate
+from pipeline.report.schema import (
+    ArtifactFacts,
+    Cost,
+    Effect,
+    Load,
+    Lock,
+    NoiseFloor,
+    QualityFacts,
+    QualityRatio,
+    Report,
+    Speed,
+    StageReport,
+)
+
+PACKAGES = (
+    "pipeline",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxoptimizer",
+    "olive-ai",
+    "numpy",
+    "scipy",
+)
+
+
+def build_report(
+    *,
+    recipe: Recipe,
+    plan: Plan,
+    results: Mapping[str, StageResult],
+    artifacts: Mapping[str, Artifact],
+    effects: Mapping[str, FoundEffect],
+    quality: Mapping[str, StageQuality],
+    speed: SpeedMeasurement | None,
+    failures: Mapping[str, str],
+    notes: tuple[str, ...],
+    text_digest: str | None,
+    run_id: str,
+    export: str | None,
+    wall_s: float,
+) -> Report:
+    """The report of one run. `failures` names stages that could not be measured, and why."""
+    figures: Mapping[str, tuple[SpeedPoint, ...]] = {}
+    floors: tuple[MeasuredFloor, ...] = ()
+    if speed is not None:
+        parents = {stage.name: stage.parent for stage in plan.stages}
+        found = speed_figures(speed.samples, baseline=recipe.evaluate.baseline, parents=parents)
+        figures, floors = found.stages, found.noise_floor
+    held: set[str] = set()
+    stages = []
+    for planned in plan.stages:
+        artifact = artifacts.get(planned.name)
+        stages.append(
+            _stage(
+                planned,
+                results[planned.name],
+                artifact,
+                effect=effects.get(planned.name),
+                quality=quality.get(planned.name),
+                speed=speed,
+                points=figures.get(planned.name, ()),
+                failure=failures.get(planned.name),
+                held=held,
+            )
+        )
+        if artifact is not None:
+            held |= _blobs(artifact)
+    draft = Report(
+        recipe=recipe.name,
+        description=recipe.description,
+        run=run_id,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        wall_s=wall_s,
+        lock=_lock(recipe, artifacts, text_digest),
+        host=_host(plan),
+        hardware=plan.hardware.model_dump(mode="json"),
+        threads=plan.threads,
+        notes=notes,
+        baseline=recipe.evaluate.baseline,
+        noise_floor=tuple(NoiseFloor(**f.model_dump(exclude={"new_tokens"})) for f in floors),
+        stages=tuple(stages),
+        export=export,
+    )
+    gates = tuple(
+        evaluate_gate(Condition(g.text, g.stage, g.metric, g.selector, g.comparison, g.holds), draft)
+        for g in recipe.parsed_gates
+    )
+    return draft.model_copy(update={"gates": gates, "pareto": pareto(draft)})
+
+
+def pareto(report: Report) -> tuple[str, ...]:
+    """Stages that no other beats in decode speed (first workload point) without losing in perplexity, or the reverse."""
+    figures = {}
+    for stage in report.stages:
+        decode = next((p for p in stage.speed or () if p.kind == "decode"), None)
+        if decode and stage.quality and stage.quality.perplexity is not None:
+            figures[stage.name] = (decode.tokens_per_s.median, -stage.quality.perplexity)
+    return tuple(
+        name
+        for name, mine in figures.items()
+        if not any(
+            all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in figures.values()
+        )
+    )
+
+
+def _stage(
+    planned: PlannedStage,
+    result: StageResult,
+    artifact: Artifact | None,
+    *,
+    effect: FoundEffect | None,
+    quality: StageQuality | None,
+    speed: SpeedMeasurement | None,
+    points: tuple[SpeedPoint, ...],
+    failure: str | None,
+    held: set[str],
+) -> StageReport:
+    measured = speed is not None and bool(points)
+    load = speed.load.get(planned.name) if speed else None
+    return StageReport.model_validate(
+        {
+            "name": planned.name,
+            "pass": planned.pass_name,
+            "params": planned.params,
+            "parent": planned.parent,
+            "status": "unmeasured" if failure and artifact else result.status,
+            "reason": failure or result.reason,
+            "log": result.log,
+            "artifact": _facts(artifact, held) if artifact else None,
+            "cost": Cost(**result.cost.model_dump()),
+            "effect": Effect(**effect.model_dump()) if effect else None,
+            "load": Load(**load.model_dump()) if load else None,
+            "inference_peak_memory_bytes": speed.inference_peak_memory_bytes.get(planned.name) if speed else None,
+            "speed": tuple(_speed(p) for p in points) if measured else None,
+            "quality": _quality(quality) if quality else None,
+        }
+    )
+
+
+def _facts(artifact: Artifact, held: set[str]) -> ArtifactFacts:
+    blobs = {e.digest: e.size_bytes for _, e in artifact.manifest.entries() if not e.path}
+    return ArtifactFacts(
+        digest=artifact.digest,
+        format=artifact.format,
+        size_bytes=artifact.manifest.size_bytes,
+        weights_bytes=artifact.manifest.weights_bytes,
+        unique_bytes=sum(size for digest, size in blobs.items() if digest not in held),
+    )
+
+
+def _blobs(artifact: Artifact) -> set[str]:
+    return {e.digest for _, e in artifact.manifest.entries() if not e.path}
+
+
+def _speed(point: SpeedPoint) -> Speed:
+    data = point.model_dump()
+    if point.kind != "decode":
+        data["new_tokens"] = None
+    return Speed.model_validate(data)
+
+
+def _quality(quality: StageQuality) -> QualityFacts:
+    paired = quality.vs_baseline
+    return QualityFacts(
+        perplexity=quality.perplexity,
+        tokens=quality.tokens,
+        compared_tokens=quality.kept_tokens,
+        sample_prompt=quality.sample_prompt,
+        sample_text=quality.sample_text,
+        vs_baseline=QualityRatio.model_validate(paired.model_dump()) if paired else None,
+    )
+
+
+def _host(plan: Plan) -> dict[str, Any]:
+    """The host as it was described, with the probe's figures where there are any."""
+    from pipeline.hardware.probe import cached_probe, default_folder
+
+    probed = cached_probe(plan.host, default_folder())
+    described = plan.host.model_dump(mode="json")
+    return {**described, "probe": probed.model_dump(mode="json", exclude={"host"}) if probed else None}
+
+
+def _lock(recipe: Recipe, artifacts: Mapping[str, Artifact], text_digest: str | None) -> Lock:
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:  # an optional one
+            continue
+    digests = {"recipe": digest_of(recipe.model_dump(mode="json", by_alias=True))}
+    if text_digest:
+        digests["evaluation_text"] = text_digest
+    return Lock(
+        packages=packages, seed=recipe.seed, digests={**digests, **{n: a.digest for n, a in artifacts.items()}}
+    )
