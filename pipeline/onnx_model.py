@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from pipeline.stored_tensor import StoredTensor as StoredTensor
+    from pipeline.stored_tensor import StoredTensor as StoredTensor  # noqa: PLC0414 - a public name of this module
 
 INLINE_BYTES = 1024
 """Initializers up to this size stay inside model.onnx, where the optimizers can see their values."""
@@ -60,7 +60,9 @@ def load_onnx(artifact: Artifact, component: str = MAIN_COMPONENT) -> ir.Model:
                 continue
             ref = part.tensors.get(name)
             if ref is None:
-                raise PipelineError(f"{ONNX_FILE} keeps initializer {name!r} outside, and the manifest does not say where")
+                raise PipelineError(
+                    f"{ONNX_FILE} keeps initializer {name!r} outside, and the manifest does not say where"
+                )
             entry = part.files[ref.file]
             value.const_value = StoredTensor(name, artifact.locate(entry), ref, entry)
     return model
@@ -137,7 +139,10 @@ def save_onnx(
     component: str = MAIN_COMPONENT,
     execution: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """An ONNX artifact of this graph with the companions (config, tokenizer …) and, by default, the interface of `like`."""
+    """An ONNX artifact of this graph.
+
+    Companions (config, tokenizer …) and, where not given, interface and execution are those of `like`.
+    """
     manifest = Manifest(
         format="onnx",
         components={component: onnx_component(model, output)},
@@ -146,4 +151,3 @@ def save_onnx(
         execution=dict(execution if execution is not None else like.manifest.execution),
     )
     return Artifact(manifest, like.blobs)
-

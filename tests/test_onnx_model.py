@@ -13,9 +13,9 @@ import pytest
 from pipeline import Artifact, Interface, Manifest, PipelineError, load_onnx, new_tensor, referenced_tensor, save_onnx
 from pipeline.artifact import ONNX_FILE, Component, TensorRef
 from pipeline.onnx_model import INLINE_BYTES
-from pipeline.stored_tensor import StoredTensor
 from pipeline.store.store import Store
 from pipeline.store.writer import OutputWriter
+from pipeline.stored_tensor import StoredTensor
 
 BIG = np.arange(600, dtype=np.float32).reshape(20, 30)
 SMALL = np.arange(30, dtype=np.float32)
@@ -185,12 +185,15 @@ def test_an_initializer_without_a_value_is_refused(workshop):
 
 
 def test_two_large_initializers_of_one_name_are_refused(workshop):
-    inner = model_with(big=BIG + 1).graph
-    inner.inputs.clear()
     model = model_with(big=BIG)
-    condition = ir.Value(name="c", const_value=ir.tensor(np.array(True), name="c"), type=ir.TensorType(ir.DataType.BOOL))
+    condition = ir.Value(
+        name="c", const_value=ir.tensor(np.array(True), name="c"), type=ir.TensorType(ir.DataType.BOOL)
+    )
     model.graph.register_initializer(condition)
-    model.graph.append(ir.node("If", [condition], {"then_branch": inner, "else_branch": inner.clone()}))
+    branches = {side: model_with(big=BIG + 1).graph for side in ("then_branch", "else_branch")}
+    for branch in branches.values():
+        branch.inputs.clear()
+    model.graph.append(ir.node("If", [condition], branches))
     with pytest.raises(PipelineError, match="two graphs of the model have an initializer 'big'"):
         workshop.save(model)
 
@@ -210,6 +213,10 @@ def test_bytes_that_the_manifest_does_not_name_are_refused(workshop):
 
 
 def test_importing_the_names_loads_no_onnx():
-    script = "import sys; from pipeline import load_onnx, save_onnx; print({'onnx', 'onnx_ir', 'numpy'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    script = (
+        "import sys; from pipeline import load_onnx, save_onnx; print({'onnx', 'onnx_ir', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
     assert done.stdout.strip() == "set()"

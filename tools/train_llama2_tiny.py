@@ -32,6 +32,7 @@ SEED = 20261120
 VOCABULARY = 4096
 SEQUENCE = 512
 HELD_OUT_SHARE = 16  # one document of so many is never trained on
+CALIBRATION_CHARACTERS = 200_000  # of the text that it was trained on, for passes that calibrate
 SKIPPED_PACKAGES = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip", "__pycache__"}
 
 
@@ -129,7 +130,6 @@ def sliding_nll(model: LlamaForCausalLM, tokens: torch.Tensor, window: int = 512
     Every token is predicted once, with at least `window - stride` tokens before it where there are so many.
     """
     total, count, scored_up_to = 0.0, 0, 1
-    model.eval()
     with torch.inference_mode():
         for start in range(0, len(tokens) - 1, stride):
             chunk = tokens[start : start + window]
@@ -142,15 +142,15 @@ def sliding_nll(model: LlamaForCausalLM, tokens: torch.Tensor, window: int = 512
             scored_up_to = start + len(chunk)
             if scored_up_to >= len(tokens):
                 break
-    model.train()
     return total, count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {SEQUENCE} tokens in a step")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--learning-rate", type=float, default=0.02, help="Muon's, for the hidden matrices")
     parser.add_argument("--table-learning-rate", type=float, default=3e-3, help="AdamW's, for embedding and head")
     options = parser.parse_args()
@@ -190,6 +190,12 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters", flush=True)
+    # A Llama has no dropout of its own; the text is short and read many times, so training adds it from outside
+    drop = torch.nn.Dropout(options.dropout)
+    for module in [model.model.embed_tokens, *(layer.mlp for layer in model.model.layers)]:
+        module.register_forward_hook(lambda module, args, output: drop(output))
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: (drop(output[0]), *output[1:]))
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     tables = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" not in n]
     vectors = [p for p in model.parameters() if p.ndim != 2]
@@ -226,7 +232,9 @@ def main() -> None:
             optimizer.step()
             schedule.step()
         if step % 100 == 0 or step == options.steps:
+            drop.eval()
             nll, _ = sliding_nll(model, held_out)
+            drop.train()
             bits = nll / math.log(2) / held_out_bytes
             print(f"step {step}: loss {loss.item():.3f}, held out {bits:.4f} bits per byte, "
                   f"{time.monotonic() - began:.0f} s", flush=True)
@@ -235,6 +243,7 @@ def main() -> None:
                 best_state = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     assert best_state is not None
+    drop.eval()
     model.load_state_dict(best_state)
     model = model.to(torch.bfloat16)
     out: Path = options.output
@@ -243,6 +252,8 @@ def main() -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "held_out.txt").write_text(held_out_text, encoding="utf-8")
+    calibration = "\n\n".join(training[i] for i in order)[:CALIBRATION_CHARACTERS]
+    (out / "calibration.txt").write_text(calibration, encoding="utf-8")
     nll, count = sliding_nll(model.float(), held_out)  # the stored bf16 values, computed in float32
     bits, perplexity = nll / math.log(2) / held_out_bytes, math.exp(nll / count)
     (out / "training.json").write_text(
@@ -260,6 +271,7 @@ def main() -> None:
                 "batch": options.batch,
                 "sequence": SEQUENCE,
                 "learning_rates": [options.learning_rate, options.table_learning_rate],
+                "dropout": options.dropout,
                 "seed": SEED,
                 "parameters": parameters,
                 "held_out_bits_per_byte": round(bits, 4),
@@ -287,7 +299,8 @@ parameters, small enough to ship with the package and trained well enough that a
 | licence of the text | Python Software Foundation License Version 2 |
 | documents, training tokens | {len(docs):,}, {len(stream):,} |
 | held out | one document in {HELD_OUT_SHARE}, by the SHA-256 of its name: {len(held_out):,} tokens, {held_out_bytes:,} bytes (`held_out.txt`) |
-| training | {options.steps:,} steps of {options.batch} × {SEQUENCE} tokens, Muon and AdamW, seed {SEED}, best of the evaluations: step {best_step:,} |
+| calibration | the first {CALIBRATION_CHARACTERS:,} characters trained on (`calibration.txt`) |
+| training | {options.steps:,} steps of {options.batch} × {SEQUENCE} tokens, Muon and AdamW, dropout {options.dropout}, seed {SEED}, best of the evaluations: step {best_step:,} |
 | held-out perplexity | {perplexity:.3f} per token (window 512, stride 256) |
 | held-out bits per byte | {bits:.4f} |
 

@@ -165,8 +165,7 @@ def _build(artifact: Artifact, stand_in: Callable[[torch.nn.Parameter], torch.nn
             )
     except Exception as error:  # a wrong configuration fails anywhere inside transformers
         raise PipelineError(
-            f"transformers cannot build the {config.model_type!r} model of this config.json: "
-            f"{first_cause(error)}"
+            f"transformers cannot build the {config.model_type!r} model of this config.json: {first_cause(error)}"
         ) from error
     module.eval()
     sources = _sources(artifact, module)
@@ -218,7 +217,7 @@ def _sources(artifact: Artifact, module: torch.nn.Module) -> dict[str, str]:
         if source is None:
             raise PipelineError(
                 f"the checkpoint has no tensor for the parameter {name!r}",
-                hint="export_onnx references the checkpoint's tensors as they are: names and shapes must be the model's",
+                hint="export_onnx refers to the checkpoint's tensors as they are: each must be one of the model's",
             )
         if stored[source].shape != tuple(parameter.shape):
             raise PipelineError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 KEPT_METADATA = ("pkg.torch.onnx.class_hierarchy", "pkg.torch.onnx.name_scopes")
-"""What stays of the exporter's notes on a node: the modules that it comes from. The rest names files of this machine."""
+"""What stays of the exporter's notes on a node: the modules it comes from. The rest names files of this machine."""
 
 BATCH, SEQUENCE, PAST = 2, 3, 5
 """Sizes that the graph is traced with; all are dynamic, and none is 0 or 1, which torch.export takes for constants."""
@@ -173,6 +173,7 @@ def refer_to_checkpoint(model: ir.Model, sources: Mapping[str, str], artifact: A
         value.const_value = referenced_tensor(name, artifact.locate(entry), ref, entry)
         if value.dtype != value.const_value.dtype:
             _store_as(value, value.const_value.dtype, model.graph)
+    _weights_first(model.graph)
 
 
 def strip_metadata(model: ir.Model) -> None:
@@ -194,28 +195,45 @@ def strip_metadata(model: ir.Model) -> None:
 
 
 def _store_as(value: ir.Value, dtype: ir.DataType, graph: ir.Graph) -> None:
-    """Let the initializer have another data type, and its users what they had."""
+    """Let the initializer have another data type, and cast it back for its users."""
     import onnx_ir as ir
 
+    assert value.dtype is not None
     computed, value.dtype = value.dtype, dtype
 
-    def cast(stored: ir.Value, users: list[ir.Usage], before: ir.Node) -> None:
+    def cast(stored: ir.Value, users: Sequence[tuple[ir.Node, int]]) -> None:
+        first = min((user for user, _ in users), key=graph.index)
         node = ir.node("Cast", [stored], {"to": computed}, name=f"{stored.name}.cast")
-        node.metadata_props.update(users[0].node.metadata_props)
+        node.metadata_props.update(first.metadata_props)
         node.outputs[0].name = f"{stored.name}.{computed.numpy().name}"
         node.outputs[0].dtype, node.outputs[0].shape = computed, stored.shape
-        graph.insert_before(before, node)
+        graph.insert_before(first, node)
         for user, index in users:
             user.replace_input_with(index, node.outputs[0])
 
     lookups = [use for use in value.uses() if use.node.op_type == "Gather" and use.idx == 0]
     for lookup, _ in lookups:
-        rows = lookup.outputs[0]
-        rows.dtype = dtype
-        position = graph.index(lookup)
-        cast(rows, list(rows.uses()), graph[position + 1])
+        lookup.outputs[0].dtype = dtype
+        cast(lookup.outputs[0], list(lookup.outputs[0].uses()))
     if others := [use for use in value.uses() if use not in lookups]:
-        cast(value, others, graph[0])
+        cast(value, others)
+
+
+def _weights_first(graph: ir.Graph) -> None:
+    """Move what is computed from weights alone to the graph's beginning.
+
+    ONNX Runtime orders nodes from the outputs back and takes the later of a node's inputs first: a cast that stands
+    right before its product would run before all layers, and all weights would be in memory at once. One that stands
+    at the beginning runs last, right before its product.
+    """
+    moved: set[ir.Node | None] = set()
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type in ("Cast", "Transpose") else None
+        if source is not None and (source.is_initializer() or source.producer() in moved):
+            moved.add(node)
+    front = [node for node in graph if node in moved]
+    graph.remove(front)
+    graph.insert_before(graph[0], front)
 
 
 def _cache_layout(model: CausalLM) -> CacheLayout:
@@ -233,7 +251,9 @@ def _cache_layout(model: CausalLM) -> CacheLayout:
     except Exception as error:  # the model's own code, on shapes alone
         raise PipelineError(f"the model cannot be traced without its weights: {first_cause(error)}") from error
     layers = getattr(getattr(result, "past_key_values", None), "layers", [])
-    shapes = {tuple(tensor.shape) for layer in layers if hasattr(layer, "keys") for tensor in (layer.keys, layer.values)}
+    shapes = {
+        tuple(tensor.shape) for layer in layers if hasattr(layer, "keys") for tensor in (layer.keys, layer.values)
+    }
     if len(shapes) != 1:
         raise PipelineError(
             "export_onnx needs a cache with keys and values of one shape in all layers; this model's has "
@@ -276,7 +296,6 @@ def _example(cache: CacheLayout) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 def _flatten_signature(model: CausalLM) -> None:
     """Have the module take and return plain tensors: tokens, mask, positions, [key, value, key, …]."""
-    import torch
     from transformers import DynamicCache
 
     original = type(model.module).forward
@@ -316,7 +335,9 @@ def _release_fakes(model: ir.Model, sources: Mapping[str, str]) -> None:
         try:
             array = np.array(value.const_value.numpy())
         except Exception as error:  # torch refuses in several ways to give bytes that are not there
-            raise PipelineError(f"the model computes the constant {name!r} from its weights: {first_cause(error)}") from error
+            raise PipelineError(
+                f"the model computes the constant {name!r} from its weights: {first_cause(error)}"
+            ) from error
         value.const_value = ir.Tensor(array, name=name)
 
 

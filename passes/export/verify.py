@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.export.causal_lm import CausalLM, reference_causal_lm, torch_view
+from passes.export.causal_lm import CausalLM, reference_causal_lm
 from pipeline import Artifact, Interface, PassContext, PipelineError
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ def _compare(
         given = got[name]
         if name != logits:
             given = given[:, :, given.shape[2] - reference.shape[2] :]
+        if given.shape != reference.shape:
+            raise PipelineError(
+                f"the exported graph differs from torch with {shape}: {name} has shape {list(given.shape)}, "
+                f"torch gives {list(reference.shape)}"
+            )
         difference = np.abs(given - reference)
         error = float(difference.max()) / (float(reference.std()) or 1.0)
         if not error <= tolerance:  # not a number, too
@@ -91,7 +97,7 @@ class _Graph:
         import numpy as np
 
         self._interface = interface
-        self._session, self._weights = _session(model, threads)
+        self._session = _session(model, threads)
         cache = interface.cache
         assert cache is not None
         empty = np.zeros((BATCH, cache.kv_heads, 0, cache.head_dim), np.float32)
@@ -108,7 +114,13 @@ class _Graph:
             **self._past,
         }
         names = list(outputs.values())
-        result = dict(zip(names, self._session.run(names, feeds), strict=True))
+        try:
+            result = dict(zip(names, self._session.run(names, feeds), strict=True))
+        except Exception as error:  # the runtime's exceptions share no base of their own
+            raise PipelineError(
+                f"ONNX Runtime cannot run the exported graph on {tokens.shape[1]} tokens after {past}: "
+                f"{str(error).partition(chr(10))[0]}"
+            ) from error
         self._past = {
             inputs[role.replace("present", "past")]: result[name]
             for role, name in outputs.items()
@@ -158,10 +170,10 @@ def _mask_and_positions(tokens: np.ndarray, past: int) -> tuple[np.ndarray, np.n
     return mask, np.ascontiguousarray(positions)
 
 
-def _session(model: ir.Model, threads: int) -> tuple[Any, list[Any]]:
-    """(ONNX Runtime session of the graph, the mapped weights that it reads).
+def _session(model: ir.Model, threads: int) -> Any:
+    """ONNX Runtime session of the graph over the mapped checkpoint.
 
-    Nothing is folded or repacked: weights stay where they are mapped, and one at a time is cast or transposed.
+    Nothing is folded or repacked: weights stay where they are mapped, and are cast or transposed one at a time.
 
     Raises: PipelineError where ONNX Runtime refuses the graph.
     """
@@ -170,39 +182,34 @@ def _session(model: ir.Model, threads: int) -> tuple[Any, list[Any]]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False  # it would keep what the casts needed
+    options.log_severity_level = 4  # what is wrong is in the exception
     options.add_session_config_entry("session.disable_prepacking", "1")
-    options.log_severity_level = 3
-    values = [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
-    tensors = [v.const_value for v in values]
-    weights = [_ort_value(tensor) for tensor in tensors]
-    if values:
-        options.add_external_initializers([str(v.name) for v in values], weights)
+    # files are mapped only if they lie below this folder: with the root, they may lie anywhere
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", Path.cwd().anchor)
+    stored = {v: v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)}
     try:
-        for value, tensor in zip(values, tensors, strict=True):
-            value.const_value = ir.ExternalTensor(
-                "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=str(value.name)
-            )
+        for value, tensor in stored.items():
+            value.const_value = _external(tensor)
         data = ir.to_proto(model).SerializeToString()
     finally:
-        for value, tensor in zip(values, tensors, strict=True):
+        for value, tensor in stored.items():
             value.const_value = tensor
     try:
-        session = onnxruntime.InferenceSession(
+        return onnxruntime.InferenceSession(
             data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
     except Exception as error:  # the runtime's exceptions share no base of their own
         raise PipelineError(f"ONNX Runtime refuses the exported graph: {str(error).partition(chr(10))[0]}") from error
-    return session, weights
 
 
-def _ort_value(tensor: ir.TensorProtocol) -> Any:
-    import numpy as np
-    from onnxruntime import OrtValue
+def _external(tensor: Any) -> ir.ExternalTensor:
+    """The stored tensor by its file's path from the root."""
+    import onnx_ir as ir
 
-    array = tensor.numpy()
-    if array.dtype.name == "bfloat16":
-        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(tensor.dtype))
-    return OrtValue.ortvalue_from_numpy(array)
+    path, ref = tensor.path.absolute(), tensor.ref
+    location = path.relative_to(path.anchor)
+    return ir.ExternalTensor(location, ref.offset, ref.length, tensor.dtype, shape=tensor.shape, name=tensor.name)
 
 
 @contextmanager

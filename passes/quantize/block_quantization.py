@@ -55,10 +55,12 @@ def quantize_blocks(
     def chunk(start: int) -> None:
         part = slice(start, start + step)
         values = _blocked(weight[part], blocks, block_size)
-        if zeros is None:
-            codes[part] = _pack(_symmetric(values, bits, scales[part]), bits)
-        else:
-            codes[part] = _pack(_asymmetric(values, bits, scales[part], zeros[part]), bits)
+        with np.errstate(invalid="ignore"):  # a weight that is not finite shows in its scales
+            if zeros is None:
+                found = _symmetric(values, bits, scales[part])
+            else:
+                found = _asymmetric(values, bits, scales[part], zeros[part])
+        codes[part] = _pack(found, bits)
 
     _for_each(chunk, range(0, rows, step), threads)
     if not np.isfinite(scales).all():
@@ -123,7 +125,7 @@ def _inverse(scales: np.ndarray) -> np.ndarray:
     """1 / scales, and 0 where that is not finite: a block of zeros, or of values too small to tell from them."""
     import numpy as np
 
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         inverse = 1 / scales
     inverse[~np.isfinite(inverse)] = 0
     return inverse
@@ -134,8 +136,7 @@ def _rounded(values: np.ndarray, bits: int) -> np.ndarray:
 
     np.rint(values, out=values)
     np.clip(values, 0, (1 << bits) - 1, out=values)
-    with np.errstate(invalid="ignore"):  # a weight that is not finite is refused once its scales are seen
-        return values.astype(np.uint8)
+    return values.astype(np.uint8)
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

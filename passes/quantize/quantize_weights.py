@@ -177,10 +177,10 @@ def _head(model: ir.Model, logits: str, products: list[Product]) -> ir.Node | No
     return None
 
 
-def _quantize(product: Product, model: ir.Model, params: QuantizeWeights.Params, context: PassContext) -> list[ir.Value]:
+def _quantize(
+    product: Product, model: ir.Model, params: QuantizeWeights.Params, context: PassContext
+) -> list[ir.Value]:
     """The inputs B, scales and, where asymmetric, zero_points of MatMulNBits, as new initializers."""
-    import numpy as np
-
     assert product.weight.const_value is not None
     stored = product.weight.const_value.numpy()
     matrix = stored if product.transposed else stored.T  # [N, K]
@@ -227,9 +227,7 @@ def _replace(product: Product, weights: list[ir.Value], params: QuantizeWeights.
         "block_size": params.block_size,
         "accuracy_level": params.accuracy_level,
     }
-    new = ir.node(
-        "MatMulNBits", [old.inputs[0], *weights], attributes, domain=DOMAIN, name=old.name, version=1
-    )
+    new = ir.node("MatMulNBits", [old.inputs[0], *weights], attributes, domain=DOMAIN, name=old.name, version=1)
     nodes = [new]
     if product.bias is not None:
         nodes.append(ir.node("Add", [new.outputs[0], product.bias], name=f"{old.name}.bias"))

@@ -135,7 +135,7 @@ class _GraphHash:
         return _hash("graph", sorted(nodes), [values.get(value, b"unknown") for value in graph.outputs])
 
     def _initializer(self, value: ir.Value) -> bytes:
-        from pipeline.onnx_model import StoredTensor
+        from pipeline.stored_tensor import StoredTensor
 
         tensor = value.const_value
         if tensor is None:

@@ -62,7 +62,9 @@ class QualityComparison(Frozen):
     perplexity_ratio: RatioInterval
     kl_divergence: float | None = Field(description="mean of KL(baseline || stage) over the kept tokens, nats")
     top1_agreement: float | None = Field(description="share of all scored tokens with the same most likely token")
-    max_abs_logit_error: float | None = Field(description="over the kept tokens; below float16's resolution it is 0")
+    max_abs_logit_error: float | None = Field(
+        description="over the kept tokens; a lower bound, to the resolution of float16"
+    )
     first_divergence: int | None = Field(
         description="first token of the greedy text that differs; None where none does"
     )

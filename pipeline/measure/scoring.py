@@ -87,8 +87,8 @@ def score_windows(runner: CausalLMRunner, work: ScoreWork) -> Scored:
 
     The baseline (`baseline` is None) also leaves the most likely token of each position and, for the kept ones, its
     log-probabilities as float16 (precise where the probability is) and the logarithm of the sum of exponentials. The
-    others are compared with these; their own log-probabilities are rounded in the same way, so that equal logits
-    differ by nothing. A logit error below the resolution of float16 therefore reads as 0.
+    others are compared with these: for the divergence, their own log-probabilities are rounded in the same way; of a
+    logit error, what rounding may have caused is taken off, so it is a lower bound. Equal logits differ by nothing.
 
     Raises: PipelineError where the runner refuses.
     """
@@ -214,16 +214,20 @@ class _Comparison:
                 known = self._path.stat().st_size // 2 // max(1, shape[0])
                 raise PipelineError(f"the stage predicts {vocabulary} tokens and the baseline {known}")
             self._map = np.memmap(self._path, np.float16, "r", shape=shape)
+        stored = np.asarray(self._map[rows])
+        theirs = stored.astype(np.float64)
         ours = _float16(log_probabilities).astype(np.float64)
-        theirs = np.asarray(self._map[rows], dtype=np.float64)
         # rounding shifts the sums of probabilities a little: both are brought back to 1, so that no divergence is < 0
         p = theirs - _log_sum_exp(theirs)[:, None]
         q = ours - _log_sum_exp(ours)[:, None]
         self._divergence += float(np.sum(np.exp(p) * (p - q)))
         self._count += len(rows)
-        errors = np.abs((ours + log_sum_exp[:, None]) - (theirs + self._log_sum_exp[rows][:, None]))
-        largest = float(errors.max())
-        self._error = largest if not largest <= self._error else self._error  # a NaN stays
+        # the baseline's value lies within half a step of the stored one
+        within = np.spacing(np.minimum(np.abs(stored), np.float16(2**15))).astype(np.float64) / 2
+        exact = _within_float16(log_probabilities)
+        apart = np.abs((exact + log_sum_exp[:, None]) - (theirs + self._log_sum_exp[rows][:, None]))
+        errors = np.maximum(apart - within, 0.0)
+        self._error = float(np.maximum(self._error, errors.max()))  # a NaN stays
 
     @property
     def mean_divergence(self) -> float | None:
@@ -244,10 +248,17 @@ def _log_sum_exp(rows: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _float16(values: np.ndarray) -> np.ndarray:
-    """Rounded to float16; what is beyond its range becomes its largest value."""
+def _within_float16(values: np.ndarray) -> np.ndarray:
+    """What is beyond float16's range becomes its largest value: a logit of minus infinity is one that never wins."""
     import numpy as np
 
     limit = float(np.finfo(np.float16).max)
-    rounded: np.ndarray = np.clip(values, -limit, limit).astype(np.float16)
+    clipped: np.ndarray = np.clip(values, -limit, limit)
+    return clipped
+
+
+def _float16(values: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    rounded: np.ndarray = _within_float16(values).astype(np.float16)
     return rounded

@@ -77,6 +77,7 @@ class OnnxRuntimeRunner:
     def import_libraries(artifact: Artifact) -> None:
         """Import all that loading needs, so that a load time does not count it."""
         import ml_dtypes  # noqa: F401
+        import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
@@ -116,7 +117,7 @@ class OnnxRuntimeRunner:
         self._sequence.reset()
 
     def _forward(self, tokens: np.ndarray, *, keep: int) -> np.ndarray:
-        """Logits [B, C, V] of these tokens after what the cache holds; at least the last `keep` positions."""
+        """Logits [B, keep, V] of the last of these tokens, after what the cache holds."""
         import numpy as np
 
         batch, length = tokens.shape
@@ -142,7 +143,7 @@ class OnnxRuntimeRunner:
             self.reset()
             raise PipelineError(f"ONNX Runtime failed on tokens {[batch, length]} after {past}: {error}") from error
         logits, *self._past = binding.get_outputs()  # in the order of binding
-        return _float32(logits)
+        return _last_positions(logits, keep)
 
     def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
         """`values` in the integer type that the graph's input has."""
@@ -200,14 +201,14 @@ def _ort_value(array: np.ndarray) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _float32(value: Any) -> np.ndarray:
-    """A copy of an OrtValue on the host as float32."""
+def _last_positions(logits: Any, keep: int) -> np.ndarray:
+    """The last `keep` positions of an OrtValue [B, S, V] on the host, copied as float32; the others are not copied."""
     import ctypes
 
-    import ml_dtypes
     import numpy as np
+    import onnx_ir
 
-    if value.data_type() != "tensor(bfloat16)":  # numpy knows the type
-        return np.array(value.numpy(), dtype=np.float32)
-    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-    return np.frombuffer(raw, ml_dtypes.bfloat16).reshape(value.shape()).astype(np.float32)
+    dtype = onnx_ir.DataType(logits.element_type()).numpy()
+    memory = (ctypes.c_char * logits.tensor_size_in_bytes()).from_address(logits.data_ptr())
+    view = np.frombuffer(memory, dtype).reshape(logits.shape())
+    return view[:, -keep:].astype(np.float32)

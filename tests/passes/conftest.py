@@ -36,6 +36,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.store = Store(folder / "store")
+        self.written: dict[str, list[str]] = {}  # artifact -> digests of the files that the pass wrote
         self._count = 0
 
     def new_folder(self, name: str) -> Path:
@@ -44,7 +45,7 @@ class Bench:
         folder.mkdir(parents=True)
         return folder
 
-    def checkpoint(self, config: Any, dtype: str = "float32") -> Path:
+    def checkpoint(self, config: Any, dtype: str = "float32", **saving: Any) -> Path:
         """Save a random model of that configuration and return its folder. Equal configurations are equal models."""
         import torch
         from transformers import AutoModelForCausalLM
@@ -56,7 +57,7 @@ class Bench:
                 centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 parameter.normal_(centre, 0.15)
         folder = self.new_folder("checkpoint")
-        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        model.to(getattr(torch, dtype)).save_pretrained(folder, **saving)
         (folder / "tokenizer.json").write_text("{}")
         return folder
 
@@ -67,6 +68,7 @@ class Bench:
         """Run a pass and publish what it made."""
         staging = self.new_folder(cls.name)
         made = cls().run(artifact, cls.Params(**params), PassContext(output=OutputWriter(staging)))
+        self.written[made.digest] = [path.name for path in (staging / "blobs").iterdir()]
         return self.store.publish(staging, made.manifest)
 
     def session(self, artifact: Artifact) -> Any:

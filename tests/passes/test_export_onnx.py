@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from pydantic import ValidationError
 
@@ -113,13 +114,13 @@ class TestTheGraph:
 
 
 class TestTheWeights:
-    def test_stay_in_the_checkpoint(self, bench, llama):
-        staging = bench.new_folder("staging")
-        made = ExportOnnx().run(llama, ExportOnnx.Params(verify=False), PassContext(output=OutputWriter(staging)))
-        written = list((staging / "blobs").iterdir())
-        assert [path.name for path in written] == [made.component.files[ONNX_FILE].digest]
+    def test_stay_in_the_checkpoint(self, bench, exported_llama, llama):
+        component = exported_llama.component
+        assert bench.written[exported_llama.digest] == [component.files[ONNX_FILE].digest]
         spans = {(ref.offset, ref.length, ref.dtype) for ref in llama.component.tensors.values()}
-        assert {(ref.offset, ref.length, ref.dtype) for ref in made.component.tensors.values()} == spans
+        assert {(ref.offset, ref.length, ref.dtype) for ref in component.tensors.values()} == spans
+        checkpoint = llama.component.files["model.safetensors"]
+        assert {component.files[ref.file] for ref in component.tensors.values()} == {checkpoint}
 
     def test_are_the_checkpoints_bytes(self, exported_llama, llama):
         for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"):
@@ -231,6 +232,14 @@ class TestOtherModels:
         assert not {"Attention", "RMSNormalization", "RotaryEmbedding"} & operators(made).keys()
         np.testing.assert_allclose(logits_of(made, TOKENS), torch_logits(folder, TOKENS), atol=2e-4)
 
+    def test_a_checkpoint_in_shards_is_referred_to_shard_by_shard(self, bench):
+        from transformers import LlamaConfig
+
+        folder = bench.checkpoint(LlamaConfig(**SIZES), max_shard_size="150KB")
+        made = bench.run(ExportOnnx, bench.source(folder))
+        shards = {ref.file for ref in made.component.tensors.values()}
+        assert len(shards) == len(list(folder.glob("*.safetensors"))) > 1
+
     def test_qwen2_has_biases(self, bench):
         from transformers import Qwen2Config
 
@@ -252,7 +261,9 @@ class TestOtherModels:
     def test_gpt2_is_no_llama_at_all(self, bench):
         from transformers import GPT2Config
 
-        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64, bos_token_id=1, eos_token_id=2)
+        config = GPT2Config(
+            n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
         made = self.export(bench, config)
         assert made.interface.cache is not None and made.interface.cache.kv_heads == 4
 
@@ -262,15 +273,20 @@ class TestOtherModels:
         config = FalconConfig(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, bos_token_id=1, eos_token_id=2
         )
-        with pytest.raises(PipelineError, match=r"exporter does not support this 'falcon' model: \w+Error: \S+") as caught:
+        with pytest.raises(
+            PipelineError, match=r"exporter does not support this 'falcon' model: \w+Error: \S+"
+        ) as caught:
             self.export(bench, config, verify=False)
         assert "\n" not in caught.value.message
 
 
 class TestVerification:
+    @pytest.fixture(autouse=True)
+    def _give_context(self, tmp_path):
+        self.context = PassContext(output=OutputWriter(tmp_path / "staging"))
+
     def check(self, model: Any, artifact: Artifact, interface: Interface, tolerance: float = 1e-3) -> dict[str, float]:
-        context = PassContext(output=OutputWriter(Path(os.devnull).parent / "shm"))
-        return verify_against_torch(model, artifact, interface, tolerance=tolerance, context=context)
+        return verify_against_torch(model, artifact, interface, tolerance=tolerance, context=self.context)
 
     def test_compares_an_empty_and_a_filled_cache(self, exported_llama, llama):
         errors = self.check(load_onnx(exported_llama), llama, exported_llama.interface)
@@ -282,8 +298,6 @@ class TestVerification:
         assert all(0 < error < 1e-4 for error in errors.values())
 
     def test_refuses_a_graph_that_computes_something_else(self, exported_llama, llama):
-        import onnx_ir as ir
-
         model = load_onnx(exported_llama)
         last = [node for node in model.graph if node.op_type == "RMSNormalization"][-1]
         last.attributes["epsilon"] = ir.AttrFloat32("epsilon", 10.0)
@@ -292,14 +306,24 @@ class TestVerification:
 
     def test_refuses_a_graph_whose_cache_is_wrong(self, exported_llama, llama):
         model = load_onnx(exported_llama)
-        outputs = model.graph.outputs
         roles = exported_llama.interface
         key, value = roles.outputs["present.k[1]"], roles.outputs["present.v[1]"]
         names = {"present.k[1]": value, "present.v[1]": key}
         swapped = roles.model_copy(update={"outputs": roles.outputs | names})
-        assert len(outputs) == 5
         with pytest.raises(PipelineError, match=r"past 0: present\.1\."):
             self.check(model, llama, swapped)
+
+    def test_refuses_a_graph_that_does_not_run(self, exported_llama, llama):
+        model = load_onnx(exported_llama)
+        model.graph.initializers["model.rotary_emb.inv_freq"].const_value = ir.Tensor(np.ones((1, 5, 1), np.float32))
+        with pytest.raises(PipelineError, match="cannot run the exported graph on 7 tokens after 0: "):
+            self.check(model, llama, exported_llama.interface)
+
+    def test_refuses_a_graph_that_onnx_runtime_does_not_load(self, exported_llama, llama):
+        model = load_onnx(exported_llama)
+        model.graph[-1].op_type = "MatMull"
+        with pytest.raises(PipelineError, match=r"ONNX Runtime refuses the exported graph: .*MatMull"):
+            self.check(model, llama, exported_llama.interface)
 
     def test_refuses_what_is_not_a_number(self, bench, llama_folder, exported_llama, tmp_path):
         from safetensors.torch import load_file, save_file
@@ -376,8 +400,11 @@ class TestRefusals:
             ExportOnnx.Params(opset=opset)
 
 
-def test_importing_the_pass_loads_nothing_heavy():
-    script = "import sys, passes.export.export_onnx; print(sorted({'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
+def test_importing_the_passes_loads_nothing_heavy():
+    script = (
+        "import sys, passes.export.export_onnx, passes.quantize.quantize_weights\n"
+        "print(sorted({'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
+    )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,121 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from pipeline.measure.block import is_flat, run_block, warm_up
+from pipeline.measure.workload import Point, Workload, fixed_tokens
+
+PREFILL = Point(kind="prefill", batch=2, prompt=4, new_tokens=3)
+DECODE = Point(kind="decode", batch=2, prompt=4, new_tokens=3)
+
+
+class FakeRunner:
+    """Takes a second for each token, and remembers its calls."""
+
+    version = "1"
+    vocab_size = 10
+    max_length = 100
+
+    def __init__(self, speeds: list[float] | None = None) -> None:
+        self.now_ns = 0
+        self.calls: list[str] = []
+        self.tokens: list[list[int]] = []
+        self.speeds = speeds or []
+
+    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+        return self._call("prefill", tokens)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return self._call("decode", tokens)
+
+    def score(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        pass
+
+    def clock(self) -> int:
+        return self.now_ns
+
+    def _call(self, name: str, tokens: np.ndarray) -> np.ndarray:
+        self.calls.append(name)
+        self.tokens.append(tokens[0].tolist())
+        each = self.speeds.pop(0) if self.speeds else 1.0
+        self.now_ns += int(tokens.shape[1] * each * 1e9)
+        return np.zeros((len(tokens), self.vocab_size), np.float32)
+
+
+def tokens_of(point: Point) -> np.ndarray:
+    return fixed_tokens(point, vocab_size=10, seed=0)
+
+
+def test_a_prefill_block_times_whole_prompts_after_one_that_is_not_timed() -> None:
+    runner = FakeRunner()
+    assert run_block(runner, PREFILL, tokens_of(PREFILL), min_s=8, steps=3, clock=runner.clock) == [4.0, 4.0]
+    assert runner.calls == ["prefill"] * 3
+
+
+def test_a_decode_block_times_tokens_and_not_the_prompt() -> None:
+    runner = FakeRunner()
+    assert run_block(runner, DECODE, tokens_of(DECODE), min_s=1, steps=3, clock=runner.clock) == [1.0, 1.0, 1.0]
+    assert runner.calls == ["prefill", "decode", "decode", "decode"]
+
+
+def test_a_decode_block_ends_after_whole_continuations_only() -> None:
+    runner = FakeRunner()
+    assert len(run_block(runner, DECODE, tokens_of(DECODE), min_s=4, steps=3, clock=runner.clock)) == 6
+    assert runner.calls == (["prefill"] + ["decode"] * 3) * 2
+
+
+def test_the_tokens_fed_are_the_given_ones_whatever_the_model_says() -> None:
+    runner = FakeRunner()
+    tokens = tokens_of(DECODE)
+    run_block(runner, DECODE, tokens, min_s=1, steps=3, clock=runner.clock)
+    assert [token for call in runner.tokens for token in call] == tokens[0].tolist()
+
+
+def test_a_warm_up_ends_when_times_are_flat() -> None:
+    runner = FakeRunner(speeds=[9, 9, 5, 3, 2, 1])
+    seen = warm_up(runner, PREFILL, tokens_of(PREFILL), cap_s=1e9, steps=3, clock=runner.clock)
+    assert seen.flat
+    assert len(seen.seconds) > 6
+    assert is_flat(seen.seconds)
+
+
+def test_a_warm_up_that_never_gets_flat_ends_at_its_cap() -> None:
+    runner = FakeRunner(speeds=[2.0**i for i in range(50)])
+    seen = warm_up(runner, PREFILL, tokens_of(PREFILL), cap_s=100, steps=3, clock=runner.clock)
+    assert not seen.flat
+    assert sum(seen.seconds[:-1]) < 100 <= sum(seen.seconds) + 4
+
+
+def test_a_warm_up_of_a_very_slow_model_has_two_iterations() -> None:
+    runner = FakeRunner(speeds=[1e6] * 9)
+    assert len(warm_up(runner, PREFILL, tokens_of(PREFILL), cap_s=1, steps=3, clock=runner.clock).seconds) == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "flat"),
+    [([1.0] * 6, True), ([1.0] * 5, False), ([5, 5, 2, 2, 1, 1], False), ([9, 9, 1, 1.02, 1.01, 1.02], True)],
+)
+def test_flat_means_that_the_last_two_thirds_agree(seconds: list[float], flat: bool) -> None:
+    assert is_flat(seconds) is flat
+
+
+def test_the_same_seed_gives_every_stage_the_same_tokens() -> None:
+    np.testing.assert_array_equal(tokens_of(DECODE), tokens_of(DECODE))
+    assert not np.array_equal(tokens_of(DECODE), fixed_tokens(DECODE, vocab_size=10, seed=1))
+    assert tokens_of(DECODE).shape == (2, 7)
+
+
+def test_prefill_and_decode_get_the_same_prompt() -> None:
+    np.testing.assert_array_equal(tokens_of(PREFILL), tokens_of(DECODE))
+
+
+def test_a_workload_has_prefill_and_decode_for_each_batch_and_prompt() -> None:
+    points = list(Workload(prompt_lengths=(8, 16), batch_sizes=(1, 4), new_tokens=5).points())
+    assert len(points) == 8
+    assert {(p.kind, p.batch, p.prompt) for p in points} == {
+        (kind, batch, prompt) for kind in ("prefill", "decode") for batch in (1, 4) for prompt in (8, 16)
+    }

@@ -1,0 +1,145 @@
+"""Models are found, checked and described without being loaded or copied."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pipeline.errors import HostError, PipelineError, RecipeError
+from pipeline.models import builtin_names, evaluation_text, find_source, source_artifact
+from pipeline.models.safetensors import read_header
+from pipeline.models.source import calibration_text
+from pipeline.store import Store
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be damaged."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def complaint(folder: Path, kind: str = "path") -> str:
+    with pytest.raises(RecipeError) as caught:
+        find_source(kind, str(folder), relative_to=Path())  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_a_folder_becomes_an_artifact_that_references_its_files(checkpoint: Path, store: Store) -> None:
+    artifact = source_artifact(find_source("path", str(checkpoint), relative_to=Path()), store)
+    assert artifact.format == "torch"
+    assert artifact.interface.vocab_size == 8
+    assert artifact.interface.max_length == 64
+    assert artifact.manifest.execution == {"dtype": "float32"}
+    assert artifact.file("model.safetensors") == checkpoint / "model.safetensors"
+    np.testing.assert_array_equal(artifact.tensor("a"), np.arange(6).reshape(2, 3))
+    assert not store.blobs.exists()
+
+
+def test_a_relative_path_starts_from_the_recipe(checkpoint: Path) -> None:
+    assert find_source("path", checkpoint.name, relative_to=checkpoint.parent).folder == checkpoint
+
+
+def test_the_data_type_is_the_configs_then_the_weights(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert find_source("path", str(folder), relative_to=Path()).dtype == "bfloat16"
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    assert find_source("path", str(folder), relative_to=Path()).dtype == "float32"
+    assert find_source("path", str(folder), relative_to=Path(), dtype="float16").dtype == "float16"
+
+
+def test_what_is_wrong_with_a_folder_is_said(folder: Path, tmp_path: Path) -> None:
+    assert "does not exist" in complaint(tmp_path / "nowhere")
+    assert "is a file, not a folder" in complaint(folder / "config.json")
+    (folder / "config.json").write_text("{")
+    assert "is not JSON" in complaint(folder)
+    (folder / "config.json").write_text("[]")
+    assert "is not a JSON object" in complaint(folder)
+    (folder / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    assert "BertForMaskedLM is not a causal language model" in complaint(folder)
+    (folder / "config.json").unlink()
+    assert "holds no config.json" in complaint(folder)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = complaint(folder)
+    assert "a pickle that can run code" in message
+    assert "save_pretrained" in message
+    (folder / "pytorch_model.bin").unlink()
+    assert "holds no weights" in complaint(folder)
+
+
+def test_shards_are_taken_from_their_index_and_a_missing_one_is_named(folder: Path, store: Store) -> None:
+    save_file({"b": np.ones(2, np.float16)}, folder / "model-2.safetensors")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    artifact = source_artifact(find_source("path", str(folder), relative_to=Path()), store)
+    assert artifact.tensor("b").tolist() == [1, 1]
+    (folder / "model-2.safetensors").unlink()
+    assert "lacks 1 of 2 weight files: model-2.safetensors" in complaint(folder)
+
+
+def test_an_index_cannot_name_files_elsewhere(folder: Path) -> None:
+    index = {"weight_map": {"a": "../../etc/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names a file outside its folder" in complaint(folder)
+
+
+def test_an_unknown_built_in_model_is_answered_with_the_nearest() -> None:
+    assert "did you mean 'llama2-tiny'?" in complaint(Path("lama2-tiny"), "builtin")
+
+
+def test_a_cut_file_is_noticed(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(PipelineError, match="is cut off: tensor 'a' ends at"):
+        read_header(path)
+    path.write_bytes(data[:10])
+    with pytest.raises(PipelineError, match="not a safetensors file, or is cut off"):
+        read_header(path)
+    path.write_bytes((8).to_bytes(8, "little") + b"not json")
+    with pytest.raises(PipelineError, match="its header is not JSON"):
+        read_header(path)
+
+
+def test_a_hub_model_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(HostError, match="hub cannot be reached") as caught:
+        find_source("huggingface", "someone/some-model", relative_to=Path())
+    assert "model: {path: FOLDER}" in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_what_is_no_hub_id_is_the_recipes_mistake() -> None:
+    assert "is not a hub id" in complaint(Path("a/b/c/d"), "huggingface")
+
+
+def test_the_built_in_model_is_whole_and_small(store: Store) -> None:
+    assert builtin_names() == ["llama2-tiny"]
+    source = find_source("builtin", "llama2-tiny", relative_to=Path())
+    artifact = source_artifact(source, store)
+    weights = artifact.file("model.safetensors")
+    assert weights is not None
+    assert weights.stat().st_size <= 12_000_000
+    assert {ref.dtype for ref in artifact.manifest.components["model"].tensors.values()} == {"bfloat16"}
+    card = json.loads((source.folder / "training.json").read_text())
+    assert card["held_out_tokens"] >= 20_000
+    assert card["held_out_bits_per_byte"] <= 1.75
+
+
+def test_held_out_and_calibration_text_share_no_paragraph() -> None:
+    held_out = set(evaluation_text().read_text().split("\n\n"))
+    calibration = set(calibration_text().read_text().split("\n\n"))
+    assert not {p for p in held_out & calibration if len(p) >= 40}

@@ -1,0 +1,131 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+
+from pipeline.artifact import Artifact
+from pipeline.errors import HostError, PipelineError
+from pipeline.runtime import ExecutionSpec, load_runner
+from pipeline.runtime.onnxruntime import OnnxRuntimeRunner
+
+TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCABULARY, (2, 20))
+EXPECTED = tiny_models.onnx_logits(tiny_models.onnx_weights(), TOKENS)
+Prompt = Callable[[OnnxRuntimeRunner], object]
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Artifact:
+    return tiny_models.onnx_artifact(tmp_path / "onnx")
+
+
+@pytest.fixture
+def runner(artifact: Artifact) -> OnnxRuntimeRunner:
+    return OnnxRuntimeRunner(artifact, ExecutionSpec())
+
+
+def with_interface(artifact: Artifact, **changes: object) -> Artifact:
+    interface = artifact.interface.model_copy(update=changes)
+    return Artifact(artifact.manifest.model_copy(update={"interface": interface}), artifact.blobs)
+
+
+def test_the_entry_point_of_onnx_loads_this_runner(artifact: Artifact) -> None:
+    assert isinstance(load_runner(artifact, ExecutionSpec()), OnnxRuntimeRunner)
+
+
+def test_prefill_gives_the_logits_of_the_last_position(runner: OnnxRuntimeRunner) -> None:
+    np.testing.assert_allclose(runner.prefill(TOKENS), EXPECTED[:, -1], atol=1e-4)
+
+
+def test_decode_takes_what_the_step_before_presented(runner: OnnxRuntimeRunner) -> None:
+    runner.prefill(TOKENS[:, :12])
+    for position in range(12, 20):
+        step = runner.decode(TOKENS[:, position : position + 1])
+        np.testing.assert_allclose(step, EXPECTED[:, position], atol=1e-4)
+
+
+def test_score_gives_the_logits_of_all_positions(runner: OnnxRuntimeRunner) -> None:
+    np.testing.assert_allclose(np.concatenate(list(runner.score(TOKENS)), axis=1), EXPECTED, atol=1e-4)
+
+
+def test_score_of_one_sequence_in_chunks_gives_the_same_logits(
+    runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.runtime.sequence.SCORE_BYTES", 7 * 4 * tiny_models.VOCABULARY)
+    chunks = list(runner.score(TOKENS[:1]))
+    assert [chunk.shape[1] for chunk in chunks] == [7, 7, 6]
+    np.testing.assert_allclose(np.concatenate(chunks, axis=1), EXPECTED[:1], atol=1e-4)
+
+
+def test_a_second_prompt_does_not_see_the_first(runner: OnnxRuntimeRunner) -> None:
+    first = runner.prefill(TOKENS)
+    runner.decode(TOKENS[:, :1])
+    np.testing.assert_array_equal(runner.prefill(TOKENS), first)
+
+
+def test_bfloat16_weights_are_handed_over_as_they_lie(tmp_path: Path) -> None:
+    half = OnnxRuntimeRunner(
+        tiny_models.onnx_artifact(tmp_path / "half", weight_dtype="bfloat16"), ExecutionSpec()
+    ).prefill(TOKENS)
+    import ml_dtypes
+
+    weights = {n: w.astype(ml_dtypes.bfloat16).astype(np.float32) for n, w in tiny_models.onnx_weights().items()}
+    np.testing.assert_allclose(half, tiny_models.onnx_logits(weights, TOKENS)[:, -1], atol=1e-3)
+
+
+def test_weights_may_begin_at_any_byte(tmp_path: Path) -> None:
+    runner = OnnxRuntimeRunner(tiny_models.onnx_artifact(tmp_path / "odd", shift=3), ExecutionSpec())
+    np.testing.assert_allclose(runner.prefill(TOKENS), EXPECTED[:, -1], atol=1e-4)
+
+
+def test_a_vocabulary_that_the_interface_leaves_out_is_read_from_the_graph(artifact: Artifact) -> None:
+    runner = OnnxRuntimeRunner(with_interface(artifact, vocab_size=None), ExecutionSpec())
+    assert runner.vocab_size == tiny_models.VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda r: r.prefill(np.zeros((1, 49), int)), "the prompt has 49 tokens and the model takes at most 48"),
+        (lambda r: r.decode(TOKENS[:, :1]), "0 tokens in the cache"),
+        (lambda r: (r.prefill(TOKENS), r.decode(TOKENS[:1, :1])), "batch 1 with a cache of batch 2"),
+        (lambda r: (r.prefill(np.zeros((1, 48), int)), r.decode(np.zeros((1, 1), int))), "position 49 .* 48"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_refused_with_both_numbers(
+    runner: OnnxRuntimeRunner, act: Prompt, message: str
+) -> None:
+    with pytest.raises(PipelineError, match=message):
+        act(runner)
+
+
+def test_a_failed_run_empties_the_cache(runner: OnnxRuntimeRunner) -> None:
+    runner.prefill(TOKENS)
+    with pytest.raises(PipelineError, match="ONNX Runtime failed"):
+        runner.decode(np.full((2, 1), tiny_models.VOCABULARY + 5))
+    with pytest.raises(PipelineError, match="prefill comes first"):
+        runner.decode(TOKENS[:, :1])
+
+
+def test_a_missing_provider_is_the_host_s_fault(artifact: Artifact) -> None:
+    with pytest.raises(HostError, match=r"NoSuchExecutionProvider.*CPUExecutionProvider"):
+        OnnxRuntimeRunner(artifact, ExecutionSpec(provider="NoSuchExecutionProvider"))
+
+
+def test_an_interface_without_a_role_of_the_cache_is_refused_by_role(artifact: Artifact) -> None:
+    inputs = {role: name for role, name in artifact.interface.inputs.items() if role != "past.v[0]"}
+    with pytest.raises(PipelineError, match=r"past\.v\[0\]"):
+        OnnxRuntimeRunner(with_interface(artifact, inputs=inputs), ExecutionSpec())
+
+
+def test_an_input_without_a_role_is_refused_by_name(artifact: Artifact) -> None:
+    inputs = {role: name for role, name in artifact.interface.inputs.items() if role != "positions"}
+    with pytest.raises(PipelineError, match="no role to the graph's inputs positions"):
+        OnnxRuntimeRunner(with_interface(artifact, inputs=inputs), ExecutionSpec())
+
+
+def test_a_graph_that_does_not_load_is_an_error_for_the_user(artifact: Artifact) -> None:
+    Path(str(artifact.component.files["model.onnx"].path)).write_bytes(b"not a graph")
+    with pytest.raises(PipelineError, match="cannot load the graph"):
+        OnnxRuntimeRunner(artifact, ExecutionSpec())

@@ -1,0 +1,179 @@
+"""Plans: keys change with what matters and with nothing else; what cannot run is said beforehand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import HostError, PipelineError, RecipeError
+from pipeline.hardware import HardwareProfile, Host, describe_host, load_profile
+from pipeline.models import find_source
+from pipeline.plan import Plan, make_plan, select_stages
+from pipeline.plugin import Registry
+from pipeline.recipe.load import recipe_from_text
+from pipeline.store import Store
+
+pytestmark = pytest.mark.usefixtures("plugins")
+
+CHAIN = """
+version: 1
+name: x
+model: {path: CHECKPOINT}
+hardware: local
+passes:
+  - pass: mark
+    value: 3
+  - pass: write
+  - pass: mark
+    name: branch
+    after: mark
+"""
+
+
+def plan(text: str, checkpoint: Path, store: Store, *overrides: str, **changes: Any) -> Plan:
+    recipe = recipe_from_text(
+        text.replace("CHECKPOINT", str(checkpoint)), file="r.yaml", folder=checkpoint, overrides=overrides
+    )
+    host: Host = changes.pop("host", describe_host())
+    profile: HardwareProfile = changes.pop("profile", load_profile("local", host=host))
+    source = find_source("path", str(checkpoint), relative_to=checkpoint, dtype=recipe.model.dtype)
+    return make_plan(
+        recipe, source=source, store=store, registry=Registry(), profile=profile, host=host, **changes
+    )
+
+
+def keys(made: Plan) -> dict[str, str]:
+    return {stage.name: stage.key for stage in made.stages}
+
+
+def test_a_first_plan_runs_everything(checkpoint: Path, store: Store) -> None:
+    made = plan(CHAIN, checkpoint, store)
+    assert [(s.name, s.parent, s.status) for s in made.stages] == [
+        ("source", None, "will run"),
+        ("mark", "source", "will run"),
+        ("write", "mark", "will run"),
+        ("branch", "mark", "will run"),
+    ]
+
+
+def test_the_same_recipe_has_the_same_keys(checkpoint: Path, store: Store) -> None:
+    assert keys(plan(CHAIN, checkpoint, store)) == keys(plan(CHAIN, checkpoint, store))
+
+
+def test_a_parameter_changes_the_keys_of_its_stage_and_of_those_made_from_it(checkpoint: Path, store: Store) -> None:
+    before, after = (keys(plan(CHAIN, checkpoint, store, f"passes.mark.value={v}")) for v in (3, 4))
+    assert {name for name in before if before[name] != after[name]} == {"mark", "write", "branch"}
+
+
+def test_a_default_written_out_is_the_same_key(checkpoint: Path, store: Store) -> None:
+    assert keys(plan(CHAIN, checkpoint, store)) == keys(plan(CHAIN, checkpoint, store, "passes.branch.value=1"))
+
+
+def test_names_gates_and_the_workload_are_no_part_of_a_key(checkpoint: Path, store: Store) -> None:
+    before = keys(plan(CHAIN, checkpoint, store))
+    after = keys(plan(CHAIN, checkpoint, store, "name=other", "evaluate.budget_s=1", "passes.branch.name=renamed"))
+    assert set(before.values()) == set(after.values())
+
+
+def test_another_data_type_is_another_source(checkpoint: Path, store: Store) -> None:
+    assert keys(plan(CHAIN, checkpoint, store)) != keys(plan(CHAIN, checkpoint, store, "model.dtype=float16"))
+
+
+def test_a_declared_facet_enters_the_key_and_an_undeclared_one_does_not(checkpoint: Path, store: Store) -> None:
+    text = CHAIN.replace("pass: write", "pass: seeded")
+    before, after = (keys(plan(text, checkpoint, store, f"seed={seed}")) for seed in (0, 1))
+    assert {name for name in before if before[name] != after[name]} == {"seeded"}
+
+
+def test_a_file_that_a_parameter_names_counts_by_its_contents(checkpoint: Path, store: Store, tmp_path: Path) -> None:
+    text = CHAIN.replace("pass: write", "pass: reads\n    file: FILE")
+    found = []
+    for name, contents in (("a", "1"), ("b", "2"), ("b", "1")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "f").write_text(contents)
+        os.utime(tmp_path / name / "f", ns=(len(found), len(found)))
+        found.append(keys(plan(text.replace("FILE", str(tmp_path / name / "f")), checkpoint, store))["reads"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_file_that_is_not_there_is_placed(checkpoint: Path, store: Store) -> None:
+    text = CHAIN.replace("pass: write", "pass: reads\n    file: nowhere")
+    with pytest.raises(RecipeError, match=r"r.yaml:10:5: file: .*nowhere does not exist"):
+        plan(text, checkpoint, store)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("pass: write", "pass: wriet", r"r.yaml:9:5: unknown pass 'wriet'\n  did you mean 'write'"),
+        ("value: 3", "valeu: 3", r"r.yaml:8:5: unknown key 'valeu'; did you mean 'value'"),
+        ("value: 3", "value: 10", r"r.yaml:8:5: value should be less than or equal to 9; got 10"),
+        ("value: 3", "value: '3'", r"r.yaml:8:5: value should be a valid integer; got \"3\""),
+        ("pass: write", "pass: onnx_only", "takes onnx, and the stage 'mark' yields torch\n  put export_onnx before"),
+    ],
+)
+def test_a_wrong_pass_or_parameter_is_placed(
+    old: str, new: str, expected: str, checkpoint: Path, store: Store
+) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        plan(CHAIN.replace(old, new), checkpoint, store)
+
+
+def test_a_stage_that_needs_a_gpu_cannot_run_without_one(checkpoint: Path, store: Store) -> None:
+    host = describe_host().model_copy(update={"gpus": ()})
+    made = plan(CHAIN.replace("pass: write", "pass: needs_gpu"), checkpoint, store, host=host)
+    assert made.stage("needs_gpu").status == "cannot run"
+    with pytest.raises(HostError, match="needs_gpu: the pass 'needs_gpu' needs a CUDA GPU"):
+        made.require_runnable()
+
+
+def test_a_cuda_target_on_a_host_without_one_ends_the_plan(checkpoint: Path, store: Store) -> None:
+    host = describe_host().model_copy(update={"gpus": ()})
+    profile = load_profile("i7-1165g7").model_copy(update={"device": "cuda", "name": "gpu"})
+    with pytest.raises(HostError, match="the profile gpu is a CUDA device and this host has none"):
+        plan(CHAIN, checkpoint, store, host=host, profile=profile).require_runnable()
+
+
+def test_a_model_that_does_not_fit_into_memory_stops_unless_forced(checkpoint: Path, store: Store) -> None:
+    host = describe_host().model_copy(update={"available_memory_bytes": 10})
+    with pytest.raises(HostError, match="--force tries"):
+        plan(CHAIN, checkpoint, store, host=host).require_runnable()
+    plan(CHAIN, checkpoint, store, host=host, force=True).require_runnable()
+
+
+def test_other_cores_and_instructions_are_notes_and_stop_nothing(checkpoint: Path, store: Store) -> None:
+    host = describe_host().model_copy(update={"physical_cores": 2, "instruction_sets": ("avx2",)})
+    made = plan(CHAIN, checkpoint, store, host=host, profile=load_profile("i7-1165g7"))
+    made.require_runnable()
+    assert made.threads == 2
+    assert any("4 cores, this host 2" in note for note in made.notes)
+    assert any("lacks instruction sets" in note for note in made.notes)
+
+
+def test_a_facet_that_does_not_exist_is_refused(checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Registry().load("seeded"), "depends_on", ("weather",))
+    with pytest.raises(PipelineError, match="no context facet 'weather'"):
+        plan(CHAIN.replace("pass: write", "pass: seeded"), checkpoint, store)
+
+
+def chosen(**how: str) -> list[str]:
+    text = CHAIN.replace("CHECKPOINT", "m")
+    recipe = recipe_from_text(text, file="r.yaml", folder=Path())
+    return [stage.name for stage in select_stages(recipe, **how)]
+
+
+def test_until_takes_the_stages_listed_up_to_it() -> None:
+    assert chosen(until="write") == ["mark", "write"]
+    assert chosen(until="source") == []
+
+
+def test_only_takes_a_stage_and_what_it_is_made_from() -> None:
+    assert chosen(only="branch") == ["mark", "branch"]
+
+
+def test_a_stage_that_is_not_there_cannot_be_chosen() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'branch'"):
+        chosen(only="brunch")
