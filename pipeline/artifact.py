@@ -142,7 +142,9 @@ class Manifest(Frozen):
     @property
     def weights_bytes(self) -> int:
         """Bytes of all tensors; bytes that several names share count once."""
-        spans = {(c.files[t.file].digest, t.offset, t.length) for c in self.components.values() for t in c.tensors.values()}
+        spans = {
+            (c.files[t.file].digest, t.offset, t.length) for c in self.components.values() for t in c.tensors.values()
+        }
         return sum(length for _, _, length in spans)
 
     @property
@@ -187,7 +189,7 @@ class Artifact:
         return Path(entry.path) if entry.path else blob_path(self.blobs, entry.digest)
 
     def file(self, name: str) -> Path | None:
-        """Path of the shared file `name` (config.json, tokenizer.json …) or of the component's, None where it is not."""
+        """Path of the file `name`, shared or of a component; None where there is none."""
         entry = self.manifest.files.get(name)
         if entry is None:
             for component in self.manifest.components.values():
@@ -222,7 +224,8 @@ def numpy_dtype(name: str) -> np.dtype:
     except TypeError:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        dtype: np.dtype = np.dtype(getattr(ml_dtypes, name))
+        return dtype
 
 
 def map_tensor(path: Path, ref: TensorRef) -> np.ndarray:
@@ -234,7 +237,9 @@ def map_tensor(path: Path, ref: TensorRef) -> np.ndarray:
         return np.empty(ref.shape, dtype)
     # np.memmap maps from the page boundary below an offset, so any offset will do; unaligned views work on x86 and ARM
     raw = np.memmap(path, dtype=np.uint8, mode="r", offset=ref.offset, shape=(ref.length,))
-    return np.asarray(raw.view(dtype) if ref.offset % dtype.itemsize == 0 else np.frombuffer(raw, dtype)).reshape(ref.shape)
+    return np.asarray(raw.view(dtype) if ref.offset % dtype.itemsize == 0 else np.frombuffer(raw, dtype)).reshape(
+        ref.shape
+    )
 
 
 def canonical_json(value: Any) -> bytes:

@@ -77,7 +77,9 @@ def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None 
     """
     for given in filter(None, (until, only)):
         if given not in recipe.stage_names:
-            raise RecipeError(f"there is no stage {given!r}", hint=did_you_mean(given, recipe.stage_names, noun="stages"))
+            raise RecipeError(
+                f"there is no stage {given!r}", hint=did_you_mean(given, recipe.stage_names, noun="stages")
+            )
     listed = recipe.stage_names
     if until is not None:
         wanted = set(listed[: listed.index(until) + 1])
@@ -116,7 +118,9 @@ def make_plan(
     first = _plan_source(recipe, source, store)
     planned: dict[str, PlannedStage] = {SOURCE: first}
     for stage in recipe.stages if stages is None else stages:
-        planned[stage.name] = _plan_stage(stage, recipe, planned, store, registry, profile, host)
+        planned[stage.name] = _plan_stage(
+            stage, recipe, planned, store=store, registry=registry, profile=profile, host=host
+        )
     cores = [host.physical_cores] if profile.physical_cores is None else [host.physical_cores, profile.physical_cores]
     obstacles = [] if force else _memory_obstacles(source, host)
     return Plan(
@@ -152,7 +156,12 @@ def inputs_digest(parent: str, inputs: Mapping[str, str]) -> str:
 
 def _plan_source(recipe: Recipe, source: Source, store: Store) -> PlannedStage:
     files = {name: store.digest_file((source.folder / name).resolve()) for name in source.files}
-    ingredients = {"pass": SOURCE, "environment": {"schema": str(SCHEMA_VERSION)}, "dtype": source.dtype, "files": files}
+    ingredients = {
+        "pass": SOURCE,
+        "environment": {"schema": str(SCHEMA_VERSION)},
+        "dtype": source.dtype,
+        "files": files,
+    }
     own = digest_of(ingredients)
     record = store.stage_record(own)
     return PlannedStage(
@@ -174,6 +183,7 @@ def _plan_stage(
     stage: Stage,
     recipe: Recipe,
     planned: Mapping[str, PlannedStage],
+    *,
     store: Store,
     registry: Registry,
     profile: HardwareProfile,
@@ -207,7 +217,7 @@ def _plan_stage(
     own = digest_of(ingredients)
     parents = {"": parent.key, **{role: planned[name].key for role, name in stage.inputs.items()}}
     key = digest_of({"own": own, "parents": parents})
-    status, reason, artifact = _status(stage, found, own, key, planned, store, host)
+    status, reason, artifact = _status(stage, found, planned, own=own, key=key, store=store, host=host)
     return PlannedStage(
         name=stage.name,
         pass_name=found.name,
@@ -229,9 +239,10 @@ def _plan_stage(
 def _status(
     stage: Stage,
     found: type[Pass],
+    planned: Mapping[str, PlannedStage],
+    *,
     own: str,
     key: str,
-    planned: Mapping[str, PlannedStage],
     store: Store,
     host: Host,
 ) -> tuple[Status, str, str | None]:
@@ -281,7 +292,8 @@ def _memory_obstacles(source: Source, host: Host) -> list[str]:
     free = host.available_memory_bytes
     if weights <= free:
         return []
-    return [f"the model's weights take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; --force tries"]
+    needed = f"the model's weights take {weights / 1e9:.1f} GB"
+    return [f"{needed} and {free / 1e9:.1f} GB of memory are free; --force tries"]
 
 
 def _differences(profile: HardwareProfile, host: Host) -> list[str]:

@@ -7,42 +7,27 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
 from pipeline.artifact import Artifact
-from pipeline.errors import PipelineError, RecipeError
+from pipeline.errors import RecipeError
+from pipeline.evaluate import Evaluation, Measured
+from pipeline.events import Events
 from pipeline.execute import StageResult, execute
 from pipeline.hardware import HardwareProfile, Host, describe_host, load_profile
-from pipeline.measure.effect import EFFECT_VERSION, Effect, compare_artifacts
-from pipeline.measure.process import StageToMeasure
-from pipeline.measure.quality import QualityMeasurement, QualityWorkload, StageQuality, measure_quality
-from pipeline.measure.samples import SpeedMeasurement
-from pipeline.measure.workload import Workload
 from pipeline.models import Source, evaluation_text, find_source
-from pipeline.plan import Plan, digest_of, make_plan, select_stages
+from pipeline.plan import Plan, make_plan, select_stages
 from pipeline.plugin import Registry
 from pipeline.recipe import Recipe
 from pipeline.report.build import build_report
 from pipeline.report.folder import LATEST, REPORT
 from pipeline.report.schema import Report
-from pipeline.runtime import ExecutionSpec, runner_version
 from pipeline.store import Store, default_store_path
 from pipeline.store.folder import materialize
-
-
-class Events:
-    """What a run tells while it works. Does nothing; a display overrides it."""
-
-    def note(self, message: str) -> None: ...
-    def plan_made(self, plan: Plan) -> None: ...
-    def stage_started(self, name: str) -> None: ...
-    def stage_progress(self, name: str, fraction: float, message: str) -> None: ...
-    def stage_ended(self, result: StageResult) -> None: ...
-    def measuring(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,18 +37,6 @@ class RunResult:
     report: Report
     folder: Path
     exit_code: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was found out about the artifacts of a run."""
-
-    effects: Mapping[str, Effect] = field(default_factory=dict)
-    quality: Mapping[str, StageQuality] = field(default_factory=dict)
-    speed: SpeedMeasurement | None = None
-    failures: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    text_digest: str | None = None
 
 
 def plan_recipe(
@@ -122,20 +95,24 @@ def run(
         results = {name: _keep_log(result, folder.path) for name, result in results.items()}
         artifacts = _artifacts(results, store)
         chosen = {recipe.evaluate.baseline, only} if only else set(artifacts)
-        measured = _measure(recipe, plan, artifacts, chosen, text, store, folder.path, events, speed=measure)
+        evaluation = Evaluation(
+            recipe=recipe,
+            plan=plan,
+            artifacts=artifacts,
+            chosen=chosen,
+            text=text,
+            store=store,
+            logs=folder.path / "logs",
+            events=events,
+        )
+        measured = evaluation.evaluate(speed=measure)
         report = build_report(
             recipe=recipe,
             plan=plan,
             results=results,
             artifacts=artifacts,
-            effects=measured.effects,
-            quality=measured.quality,
-            speed=measured.speed,
-            failures=measured.failures,
-            notes=(*plan.notes, *measured.notes),
-            text_digest=measured.text_digest,
+            measured=measured,
             run_id=folder.id,
-            export=None,
             wall_s=time.monotonic() - began,
         )
         export = _choose_export(recipe, plan, report)
@@ -227,141 +204,6 @@ def _artifacts(results: Mapping[str, StageResult], store: Store) -> dict[str, Ar
     return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
-def _measure(
-    recipe: Recipe,
-    plan: Plan,
-    artifacts: Mapping[str, Artifact],
-    chosen: set[str],
-    text: str,
-    store: Store,
-    folder: Path,
-    events: Events,
-    *,
-    speed: bool,
-) -> Measured:
-    """Effects and quality, from the store where they are known, and speed, which is always measured anew."""
-    effects = {
-        stage.name: _effect(artifacts[stage.parent], artifacts[stage.name], store)
-        for stage in plan.stages
-        if stage.parent in artifacts and stage.name in artifacts
-    }
-    baseline = recipe.evaluate.baseline
-    text_digest = digest_of(text)
-    if baseline not in artifacts:
-        note = f"nothing was measured: the baseline {baseline} has no artifact"
-        return Measured(effects=effects, notes=(note,), text_digest=text_digest)
-    spec = ExecutionSpec(threads=plan.threads)
-    stages = [StageToMeasure(name, a, spec) for name, a in artifacts.items() if name in chosen]
-    quality = _quality(recipe, plan, stages, text, text_digest, store, folder, events, known_only=not speed)
-    if not speed:
-        note = "speed, load time and memory were not measured (--no-measure)"
-        return Measured(effects=effects, quality=quality.stages, notes=(*quality.notes, note), text_digest=text_digest)
-    _probe(plan.host, events)
-    measurable = [s for s in stages if s.name not in quality.failures]
-    timed = _speed(recipe, measurable, folder, events) if baseline not in quality.failures else None
-    return Measured(
-        effects=effects,
-        quality=quality.stages,
-        speed=timed,
-        failures={**quality.failures, **(timed.failures if timed else {})},
-        notes=(*quality.notes, *(timed.notes if timed else ())),
-        text_digest=text_digest,
-    )
-
-
-def _effect(before: Artifact, after: Artifact, store: Store) -> Effect:
-    key = digest_of({"effect": EFFECT_VERSION, "before": before.digest, "after": after.digest})
-    if known := store.measurement(key):
-        return Effect.model_validate(known)
-    found = compare_artifacts(before, after)
-    store.put_measurement(key, found.model_dump(mode="json"))
-    return found
-
-
-def _quality(
-    recipe: Recipe,
-    plan: Plan,
-    stages: list[StageToMeasure],
-    text: str,
-    text_digest: str,
-    store: Store,
-    folder: Path,
-    events: Events,
-    *,
-    known_only: bool,
-) -> QualityMeasurement:
-    """Quality of every stage; only those that the store does not know are scored, beside the baseline."""
-    wanted = recipe.evaluate.quality
-    workload = QualityWorkload(window=wanted.window, stride=wanted.stride, tokens=wanted.tokens)
-    baseline = next(s for s in stages if s.name == recipe.evaluate.baseline)
-
-    def key(stage: StageToMeasure) -> str:
-        return digest_of(
-            {
-                "quality": [s.artifact.digest for s in (stage, baseline)],
-                "runners": [runner_version(s.artifact.format) for s in (stage, baseline)],
-                "text": text_digest,
-                "workload": workload.model_dump(),
-                "host": plan.host.facets(),
-                "threads": plan.threads,
-            }
-        )
-
-    known = {s.name: StageQuality.model_validate(found) for s in stages if (found := store.measurement(key(s)))}
-    unknown = [s for s in stages if s.name not in known]
-    if known_only or not unknown:
-        return QualityMeasurement(stages=known)
-    asked = unknown if baseline in unknown else [baseline, *unknown]
-    try:
-        measured = measure_quality(
-            asked,
-            baseline=baseline.name,
-            text=text,
-            logs=folder / "logs",
-            workload=workload,
-            on_progress=lambda fraction, message: events.measuring(f"quality, {message}"),
-        )
-    except PipelineError as error:  # a text or a tokenizer that does not do: speed can still be measured
-        note = f"quality was not measured: {error}"
-        events.note(note)
-        return QualityMeasurement(stages=known, notes=(note,))
-    for stage in asked:
-        if stage.name in measured.stages:
-            store.put_measurement(key(stage), measured.stages[stage.name].model_dump(mode="json"))
-    return measured.model_copy(update={"stages": {**known, **measured.stages}})
-
-
-def _speed(recipe: Recipe, stages: list[StageToMeasure], folder: Path, events: Events) -> SpeedMeasurement:
-    from pipeline.measure.schedule import measure_speed
-
-    wanted = recipe.evaluate.workload
-    return measure_speed(
-        stages,
-        Workload(
-            prompt_lengths=tuple(wanted.prompt_lengths),
-            new_tokens=wanted.new_tokens,
-            batch_sizes=tuple(wanted.batch_sizes),
-        ),
-        baseline=recipe.evaluate.baseline,
-        budget_s=recipe.evaluate.budget_s,
-        seed=recipe.seed,
-        logs=folder / "logs",
-        on_progress=lambda fraction, message: events.measuring(f"speed, {fraction:.0%} {message}"),
-    )
-
-
-def _probe(host: Host, events: Events) -> None:
-    """Measure this machine, once: what it can do belongs beside what was measured on it."""
-    from pipeline.hardware.probe import cached_probe, default_folder, probe
-
-    if cached_probe(host, default_folder()) is None:
-        events.measuring("this machine, once")
-        try:
-            probe(host, default_folder())
-        except PipelineError as error:
-            events.note(f"this machine could not be measured: {error}")
-
-
 def _choose_export(recipe: Recipe, plan: Plan, report: Report) -> str | None:
     """The stage to export: the recipe's, else the last leaf that is not broken. None where it has no artifact."""
     whole = {s.name for s in report.stages if s.artifact is not None and s.status != "unmeasured"}
@@ -420,5 +262,3 @@ class _RunFolder:
         link = self._home / f".latest.{self.id}"
         link.symlink_to(self.id)
         link.replace(self._home / LATEST)
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +55,8 @@ class Write(Base):
 
     def run(self, artifact, params, context):
         entry = context.output.file("note.txt", params.text.encode())
-        manifest = artifact.manifest
-        return type(artifact)(manifest.model_copy(update={"files": {**manifest.files, "note.txt": entry}}), artifact.blobs)
+        files = {**artifact.manifest.files, "note.txt": entry}
+        return type(artifact)(artifact.manifest.model_copy(update={"files": files}), artifact.blobs)
 
 
 class Same(Base):
@@ -262,3 +262,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "store"))
     return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def install() -> Callable[..., None]:
+    """`install_plugin`, for tests that write passes of their own."""
+    return install_plugin

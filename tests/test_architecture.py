@@ -18,6 +18,7 @@ FLOORS = [
     ["recipe", "measure", "passes_catalogue"],
     ["plan"],
     ["execute", "why"],
+    ["events", "evaluate"],
     ["report"],
     ["run"],
     ["cli", "__main__"],

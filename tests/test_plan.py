@@ -40,9 +40,7 @@ def plan(text: str, checkpoint: Path, store: Store, *overrides: str, **changes: 
     host: Host = changes.pop("host", describe_host())
     profile: HardwareProfile = changes.pop("profile", load_profile("local", host=host))
     source = find_source("path", str(checkpoint), relative_to=checkpoint, dtype=recipe.model.dtype)
-    return make_plan(
-        recipe, source=source, store=store, registry=Registry(), profile=profile, host=host, **changes
-    )
+    return make_plan(recipe, source=source, store=store, registry=Registry(), profile=profile, host=host, **changes)
 
 
 def keys(made: Plan) -> dict[str, str]:
@@ -115,9 +113,7 @@ def test_a_file_that_is_not_there_is_placed(checkpoint: Path, store: Store) -> N
         ("pass: write", "pass: onnx_only", "takes onnx, and the stage 'mark' yields torch\n  put export_onnx before"),
     ],
 )
-def test_a_wrong_pass_or_parameter_is_placed(
-    old: str, new: str, expected: str, checkpoint: Path, store: Store
-) -> None:
+def test_a_wrong_pass_or_parameter_is_placed(old: str, new: str, expected: str, checkpoint: Path, store: Store) -> None:
     with pytest.raises(RecipeError, match=expected):
         plan(CHAIN.replace(old, new), checkpoint, store)
 
@@ -153,7 +149,9 @@ def test_other_cores_and_instructions_are_notes_and_stop_nothing(checkpoint: Pat
     assert any("lacks instruction sets" in note for note in made.notes)
 
 
-def test_a_facet_that_does_not_exist_is_refused(checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_facet_that_does_not_exist_is_refused(
+    checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Registry().load("seeded"), "depends_on", ("weather",))
     with pytest.raises(PipelineError, match="no context facet 'weather'"):
         plan(CHAIN.replace("pass: write", "pass: seeded"), checkpoint, store)

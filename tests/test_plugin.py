@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-from conftest import install_plugin
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.plugin import PASSES, PassContext, Registry, code_digest
 from pipeline.store.writer import OutputWriter
@@ -46,11 +46,13 @@ def test_a_plugin_that_does_not_import_is_told_with_its_reason(tmp_path: Path, m
 
 
 def test_what_is_not_a_pass_is_refused() -> None:
-    with pytest.raises(PipelineError, match="not a subclass of pipeline.Pass"):
+    with pytest.raises(PipelineError, match=r"not a subclass of pipeline\.Pass"):
         Registry([point("path", "pathlib:Path")]).load("path")
 
 
-def test_a_parameter_with_a_reserved_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_with_a_reserved_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Callable[..., None]
+) -> None:
     source = """
         from pipeline import Pass, PassParams
         class P(Pass):
@@ -59,7 +61,7 @@ def test_a_parameter_with_a_reserved_name_is_refused(tmp_path: Path, monkeypatch
                 after: str = ""
             def run(self, artifact, params, context): ...
     """
-    install_plugin(tmp_path, "reserved_plugin", source, {"p": "reserved_plugin:P"})
+    install(tmp_path, "reserved_plugin", source, {"p": "reserved_plugin:P"})
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PipelineError, match="reserved names: after"):
         Registry().load("p")
@@ -72,7 +74,9 @@ def test_an_undeclared_facet_cannot_be_read(tmp_path: Path) -> None:
         _ = context.seed
 
 
-def test_the_code_digest_follows_the_imports_within_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_digest_follows_the_imports_within_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "coded"
     package.mkdir()
     (package / "__init__.py").write_text("")

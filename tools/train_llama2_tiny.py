@@ -124,7 +124,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def sliding_nll(model: LlamaForCausalLM, tokens: torch.Tensor, window: int = 512, stride: int = 256) -> tuple[float, int]:
+def sliding_nll(
+    model: LlamaForCausalLM, tokens: torch.Tensor, window: int = 512, stride: int = 256
+) -> tuple[float, int]:
     """Summed negative log-likelihood in nats over all tokens but the first, and how many they are.
 
     Every token is predicted once, with at least `window - stride` tokens before it where there are so many.
@@ -236,8 +238,11 @@ def main() -> None:
             nll, _ = sliding_nll(model, held_out)
             drop.train()
             bits = nll / math.log(2) / held_out_bytes
-            print(f"step {step}: loss {loss.item():.3f}, held out {bits:.4f} bits per byte, "
-                  f"{time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"step {step}: loss {loss.item():.3f}, held out {bits:.4f} bits per byte, "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
             if bits < best:
                 best, best_step = bits, step
                 best_state = {k: v.detach().clone() for k, v in model.state_dict().items()}

@@ -48,7 +48,7 @@ def main() -> None:
     from pipeline.errors import PipelineError
 
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="pipeline")
     except PipelineError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt:

@@ -33,7 +33,7 @@ def list_verb(json: JsonOption = False) -> None:
     if json:
         print_json([row.model_dump(mode="json") for row in rows])
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("made", "recipe", "stage", "pass", "artifact", "format"):
         table.add_column(column)
     table.add_column("size", justify="right")

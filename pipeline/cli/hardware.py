@@ -28,7 +28,7 @@ def list_verb(context: typer.Context, json: JsonOption = False) -> None:
     if json:
         print_json([p.model_dump(mode="json") for p in profiles])
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("profile", "device", "model"):
         table.add_column(column)
     for column in ("cores", "memory", "bandwidth"):
@@ -66,7 +66,7 @@ def show_verb(
         return
     output = console()
     output.print(f"[bold]{escape(profile.name)}[/]  {escape(profile.description)}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("figure", "value", "source"):
         table.add_column(column)
     values = profile.model_dump(mode="json", exclude={"name", "description", "sources"})

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 
+from pipeline.events import Events
 from pipeline.execute import StageResult
 from pipeline.plan import Plan
 from pipeline.report.terminal import STYLES, megabytes
-from pipeline.run import Events
 
 
 class LiveDisplay(Events):
@@ -68,9 +68,21 @@ class LiveDisplay(Events):
             self._console.print(f"{result.name}: {words}", soft_wrap=True)
 
     def measuring(self, message: str) -> None:
+        if self._live.is_started:
+            # A display that refreshes itself would take processor time from what is being measured: from here on it
+            # is drawn only between blocks
+            if self._live.auto_refresh:
+                self._live.stop()
+                self._live = Live(
+                    console=self._console, auto_refresh=False, transient=True, get_renderable=self._render
+                )
+                self._live.start()
+            self._measuring = message
+            self._live.refresh()
+            return
         changed = message.partition(",")[0] != self._measuring.partition(",")[0]
         self._measuring = message
-        if changed and not self._live.is_started:
+        if changed:
             self._console.print(f"measuring: {escape(message)}", soft_wrap=True)
 
     def _render(self) -> Table:

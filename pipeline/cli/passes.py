@@ -29,7 +29,7 @@ def list_verb(context: typer.Context, json: JsonOption = False) -> None:
     if json:
         print_json([d.model_dump(mode="json") for d in described])
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("pass", "takes", "yields", "what it does", "from"):
         table.add_column(column)
     for d in described:
@@ -66,7 +66,7 @@ def show_verb(
     output.print(f"takes {', '.join(described.accepts)}, yields {described.produces}")
     if described.libraries or described.depends_on:
         output.print(f"its key holds the versions of {', '.join(described.libraries) or 'no library'}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("parameter", "type", "default", "description"):
         table.add_column(column)
     for p in described.parameters:

@@ -15,7 +15,10 @@ def plan_verb(
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> int:
-    """Say what `run` would do: what is cached, what would run, what cannot run here and why. Runs nothing."""
+    """Say what a run would do, and why.
+
+    What is cached, what would run, what cannot run here. Runs nothing.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -29,7 +32,7 @@ def plan_verb(
     if json:
         print_json(plan.model_dump(mode="json", exclude={"stages": {"__all__": {"facets"}}}))
     else:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for column in ("stage", "pass", "from", "status", "key", "why"):
             table.add_column(column)
         for stage in plan.stages:

@@ -22,7 +22,10 @@ def run_verb(
     runs: Annotated[Path, typer.Option("--runs", help="Folder for the runs' results.")] = Path("runs"),
     json: JsonOption = False,
 ) -> int:
-    """Run a recipe: make every stage that is not in the store, measure all, and report."""
+    """Run a recipe and report on every stage.
+
+    Makes the stages that are not in the store, measures all, and writes runs/NAME/ID/report.json.
+    """
     from pipeline.cli.live import LiveDisplay
     from pipeline.cli.output import console, print_json
     from pipeline.recipe import load_recipe
@@ -31,9 +34,7 @@ def run_verb(
 
     loaded = load_recipe(recipe, set_ or [])
     with LiveDisplay() as display:
-        result = run(
-            loaded, until=until, only=only, measure=not no_measure, force=force, runs=runs, events=display
-        )
+        result = run(loaded, until=until, only=only, measure=not no_measure, force=force, runs=runs, events=display)
     if json:
         print_json(result.report.model_dump(mode="json", by_alias=True))
     else:

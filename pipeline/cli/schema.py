@@ -10,7 +10,10 @@ import typer
 def schema_verb(
     report: Annotated[bool, typer.Option("--report", help="The schema of report.json instead.")] = False,
 ) -> None:
-    """Print the JSON Schema of recipes, with the parameters of the passes installed here."""
+    """Print the JSON Schema of recipes.
+
+    It holds the parameters of the passes that are installed here. Editors complete and check recipes with it.
+    """
     from pipeline.cli.output import print_json
 
     if report:

@@ -15,7 +15,10 @@ def why_verb(
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> int:
-    """Say why a stage is cached or has to run: what changed since it last ran."""
+    """Say why a stage is cached or has to run.
+
+    Compares the stage's key with that of the most similar run that the store remembers.
+    """
     from pipeline.cli.output import print_json
     from pipeline.recipe import load_recipe
     from pipeline.run import plan_recipe

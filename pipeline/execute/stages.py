@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal
 
 from pydantic import ValidationError
 
-from pipeline.artifact import Artifact, Frozen, Lineage, Manifest
+from pipeline.artifact import Frozen, Lineage, Manifest
 from pipeline.execute.request import REQUEST, RESULT, Answer, Request
 from pipeline.measure.memory import MemorySampler
 from pipeline.models import Source, source_artifact
@@ -88,7 +89,7 @@ def _source(plan: Plan, stage: PlannedStage, source: Source, store: Store) -> St
     with store.staging() as staging:
         artifact = store.publish(staging, manifest)
     cost = Cost(wall_s=time.monotonic() - began)
-    _index(plan, stage, artifact, "", {}, cost, store)
+    _index(plan, stage, artifact.digest, inputs="", cost=cost, store=store)
     return StageResult(name=stage.name, status="ran", artifact=artifact.digest, cost=cost)
 
 
@@ -97,17 +98,20 @@ def _stage(
 ) -> StageResult:
     parent = str(results[str(stage.parent)].artifact)
     inputs = {role: str(results[name].artifact) for role, name in stage.inputs.items()}
+    contents = inputs_digest(parent, inputs)
     with store.lock(stage.key):  # another run may be making it right now: then it is there when we get the lock
-        record = store.stage_record(stage.key) or store.record_by_content(stage.own, inputs_digest(parent, inputs))
+        record = store.stage_record(stage.key) or store.record_by_content(stage.own, contents)
         if record:
             if record.key != stage.key:
                 cost = Cost(**record.model_dump(include=set(Cost.model_fields)))
-                _index(plan, stage, Artifact(_manifest(store, record.artifact), store.blobs), parent, inputs, cost, store)
+                _index(plan, stage, record.artifact, inputs=contents, cost=cost, store=store)
                 _copy_log(store, record.key, stage.key)
             return _cached(stage, record, store)
         with store.staging() as staging:
             log = store.log_path(stage.key)
-            answer, cost, died = _work(plan, stage, parent, inputs, store, staging, log, on_progress)
+            answer, cost, died = _work(
+                plan, stage, parent, inputs, store=store, staging=staging, log=log, on_progress=on_progress
+            )
             if answer is None or answer.manifest is None:
                 failure = answer.failure if answer else None
                 reason = died
@@ -116,7 +120,7 @@ def _stage(
                 return StageResult(name=stage.name, status="failed", reason=reason, cost=cost, log=str(log))
             manifest = _with_lineage(answer.manifest, stage, (parent, *inputs.values()))
             artifact = store.publish(staging, manifest)
-        _index(plan, stage, artifact, parent, inputs, cost, store)
+        _index(plan, stage, artifact.digest, inputs=contents, cost=cost, store=store)
     return StageResult(name=stage.name, status="ran", artifact=artifact.digest, cost=cost, log=str(log))
 
 
@@ -125,6 +129,7 @@ def _work(
     stage: PlannedStage,
     parent: str,
     inputs: dict[str, str],
+    *,
     store: Store,
     staging: Path,
     log: Path,
@@ -182,10 +187,8 @@ def _follow(stdout: IO[bytes], stage: str, on_progress: Progress) -> None:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Leave no process of the worker's group behind."""
-    try:
+    with suppress(ProcessLookupError):  # it has ended, and so have its children
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended, and so have its children
-        pass
     if process.stdout is not None:
         process.stdout.close()
     process.wait()
@@ -215,15 +218,15 @@ def _cached(stage: PlannedStage, record: StageRecord, store: Store) -> StageResu
 def _index(
     plan: Plan,
     stage: PlannedStage,
-    artifact: Artifact,
-    parent: str,
-    inputs: dict[str, str],
+    artifact: str,
+    *,
+    inputs: str,
     cost: Cost,
     store: Store,
 ) -> None:
     record = StageRecord(
         key=stage.key,
-        artifact=artifact.digest,
+        artifact=artifact,
         recipe=plan.recipe,
         stage=stage.name,
         pass_name=stage.pass_name,
@@ -231,7 +234,7 @@ def _index(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **cost.model_dump(),
     )
-    store.put_record(record, own=stage.own, inputs=inputs_digest(parent, inputs))
+    store.put_record(record, own=stage.own, inputs=inputs)
 
 
 def _manifest(store: Store, digest: str) -> Manifest:

@@ -117,7 +117,8 @@ def measure_quality(
     if base is None:
         raise PipelineError(f"the baseline {baseline!r} is none of the stages")
     wanted = workload or QualityWorkload()
-    window, stride, notes = _fitting(wanted, [stage.artifact for stage in stages])
+    wanted, notes = fit_windows(wanted, [stage.artifact for stage in stages])
+    window, stride = wanted.window, wanted.stride
     ids = tokenize(base.artifact, text, limit=wanted.tokens)
     windows = windows_over(len(ids), window=window, stride=stride)
     count = len(ids) - 1
@@ -325,15 +326,15 @@ def quality_verdict(
     return "degraded"
 
 
-def _fitting(wanted: QualityWorkload, artifacts: Sequence[Artifact]) -> tuple[int, int, tuple[str, ...]]:
-    """(window, stride, notes) that every model can take."""
+def fit_windows(wanted: QualityWorkload, artifacts: Sequence[Artifact]) -> tuple[QualityWorkload, tuple[str, ...]]:
+    """(workload, notes): the windows that were wanted, or the longest that every model can take."""
     limits = [artifact.interface.max_length for artifact in artifacts]
     limit = min((length for length in limits if length is not None), default=wanted.window)
     if limit >= wanted.window:
-        return wanted.window, wanted.stride, ()
+        return wanted, ()
     stride = min(wanted.stride, max(1, limit // 2))
     note = f"quality windows have {limit} tokens, stride {stride}, instead of {wanted.window}: a model takes no more"
-    return limit, stride, (note,)
+    return wanted.model_copy(update={"window": limit, "stride": stride}), (note,)
 
 
 def _finite(value: float | None) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import MAIN_COMPONENT, Artifact, Component, FileEntry, Interface, Manifest
+from pipeline.artifact import MAIN_COMPONENT, Artifact, Component, FileEntry, Interface, Manifest, TensorRef
 from pipeline.errors import HostError, RecipeError, did_you_mean
 from pipeline.models.safetensors import read_header
 from pipeline.store import Store
@@ -71,7 +71,7 @@ def find_source(
     `relative_to` is the folder that a relative `path` starts from. `download` allows the hub's files to be fetched;
     without it only those already in the hub's cache are found.
 
-    Raises: RecipeError where there is no such model or it is not usable; HostError where it cannot be fetched from here.
+    Raises: RecipeError where there is no such model or it is not usable; HostError where it cannot be fetched.
     """
     if kind == "builtin":
         if name not in builtin_names():
@@ -107,17 +107,15 @@ def source_artifact(source: Source, store: Store) -> Artifact:
     """
     config = _read_config(source.folder)
     entries = {name: store.reference(source.folder / name) for name in source.files}
-    tensors = {}
-    for name in entries:
+    tensors: dict[str, TensorRef] = {}
+    for name, entry in entries.items():
         if name.endswith(".safetensors"):
-            header = read_header(Path(str(entries[name].path)))
+            header = read_header(Path(str(entry.path)))
             tensors |= {key: ref.model_copy(update={"file": name}) for key, ref in header.items()}
     text = config.get("text_config", config)
     manifest = Manifest(
         format="torch",
-        components={
-            MAIN_COMPONENT: Component(format="torch", files=_pick(entries, weights=True), tensors=tensors)
-        },
+        components={MAIN_COMPONENT: Component(format="torch", files=_pick(entries, weights=True), tensors=tensors)},
         files=_pick(entries, weights=False),
         interface=Interface(
             task="causal-lm", vocab_size=text.get("vocab_size"), max_length=text.get("max_position_embeddings")

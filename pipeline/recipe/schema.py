@@ -24,7 +24,7 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "==": operator.eq,
 }
-MODEL_SOURCES = ("builtin", "path", "huggingface")
+MODEL_SOURCES: tuple[Literal["builtin", "path", "huggingface"], ...] = ("builtin", "path", "huggingface")
 
 
 class Part(BaseModel):
@@ -48,14 +48,16 @@ class Model(Part):
     def _one_source(self) -> Model:
         given = [name for name in MODEL_SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of {', '.join(MODEL_SOURCES)} is needed; given: {', '.join(given) or 'none'}")
+            raise ValueError(
+                f"exactly one of {', '.join(MODEL_SOURCES)} is needed; given: {', '.join(given) or 'none'}"
+            )
         if self.revision is not None and self.huggingface is None:
             raise ValueError("revision goes with huggingface only")
         return self
 
     @property
     def kind(self) -> Literal["builtin", "path", "huggingface"]:
-        return next(name for name in MODEL_SOURCES if getattr(self, name) is not None)  # type: ignore[return-value]
+        return next(name for name in MODEL_SOURCES if getattr(self, name) is not None)
 
     @property
     def source(self) -> str:
@@ -115,7 +117,9 @@ class RecipeModel(Part):
     description: str = ""
     model: Model
     hardware: str = Field("local", description="a profile's name, a path to one, or local: this machine")
-    seed: int = Field(0, ge=0, lt=2**32, description="for passes that draw random numbers, and for the workload's tokens")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="for passes that draw random numbers, and for the workload's tokens"
+    )
     passes: list[Entry] = Field(default_factory=list)
     export: str | None = Field(None, description="the stage whose model lands in the run's model/ folder")
     evaluate: Evaluation = Evaluation()

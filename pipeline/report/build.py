@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.artifact import Artifact
+from pipeline.evaluate import Measured
 from pipeline.execute import StageResult
 from pipeline.measure.effect import Effect as FoundEffect
 from pipeline.measure.quality import StageQuality
@@ -53,17 +54,12 @@ def build_report(
     plan: Plan,
     results: Mapping[str, StageResult],
     artifacts: Mapping[str, Artifact],
-    effects: Mapping[str, FoundEffect],
-    quality: Mapping[str, StageQuality],
-    speed: SpeedMeasurement | None,
-    failures: Mapping[str, str],
-    notes: tuple[str, ...],
-    text_digest: str | None,
+    measured: Measured,
     run_id: str,
-    export: str | None,
     wall_s: float,
 ) -> Report:
-    """The report of one run. `failures` names stages that could not be measured, and why."""
+    """The report of one run, without its export: which stage that is depends on the report."""
+    speed = measured.speed
     figures: Mapping[str, tuple[SpeedPoint, ...]] = {}
     floors: tuple[MeasuredFloor, ...] = ()
     if speed is not None:
@@ -79,11 +75,11 @@ def build_report(
                 planned,
                 results[planned.name],
                 artifact,
-                effect=effects.get(planned.name),
-                quality=quality.get(planned.name),
+                effect=measured.effects.get(planned.name),
+                quality=measured.quality.get(planned.name),
                 speed=speed,
                 points=figures.get(planned.name, ()),
-                failure=failures.get(planned.name),
+                failure=measured.failures.get(planned.name),
                 held=held,
             )
         )
@@ -95,15 +91,14 @@ def build_report(
         run=run_id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_s=wall_s,
-        lock=_lock(recipe, artifacts, text_digest),
+        lock=_lock(recipe, artifacts, measured.text_digest),
         host=_host(plan),
         hardware=plan.hardware.model_dump(mode="json"),
         threads=plan.threads,
-        notes=notes,
+        notes=(*plan.notes, *measured.notes),
         baseline=recipe.evaluate.baseline,
         noise_floor=tuple(NoiseFloor(**f.model_dump(exclude={"new_tokens"})) for f in floors),
         stages=tuple(stages),
-        export=export,
     )
     gates = tuple(
         evaluate_gate(Condition(g.text, g.stage, g.metric, g.selector, g.comparison, g.holds), draft)
@@ -113,7 +108,7 @@ def build_report(
 
 
 def pareto(report: Report) -> tuple[str, ...]:
-    """Stages that no other beats in decode speed (first workload point) without losing in perplexity, or the reverse."""
+    """Stages that no other beats in decode speed (first workload point) or perplexity and at least equals in both."""
     figures = {}
     for stage in report.stages:
         decode = next((p for p in stage.speed or () if p.kind == "decode"), None)
@@ -205,16 +200,12 @@ def _host(plan: Plan) -> dict[str, Any]:
     return {**described, "probe": probed.model_dump(mode="json", exclude={"host"}) if probed else None}
 
 
-def _lock(recipe: Recipe, artifacts: Mapping[str, Artifact], text_digest: str | None) -> Lock:
+def _lock(recipe: Recipe, artifacts: Mapping[str, Artifact], text_digest: str) -> Lock:
     packages = {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:  # an optional one
             continue
-    digests = {"recipe": digest_of(recipe.model_dump(mode="json", by_alias=True))}
-    if text_digest:
-        digests["evaluation_text"] = text_digest
-    return Lock(
-        packages=packages, seed=recipe.seed, digests={**digests, **{n: a.digest for n, a in artifacts.items()}}
-    )
+    digests = {"recipe": digest_of(recipe.model_dump(mode="json", by_alias=True)), "evaluation_text": text_digest}
+    return Lock(packages=packages, seed=recipe.seed, digests={**digests, **{n: a.digest for n, a in artifacts.items()}})

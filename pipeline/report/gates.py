@@ -102,7 +102,7 @@ class Condition(NamedTuple):
 
 
 def evaluate_gate(gate: Condition, report: Report) -> GateResult:
-    """passed, failed, or not_evaluated where the report lacks the figure. With several workload points all must pass."""
+    """passed, failed, or not_evaluated where the report lacks the figure. All workload points must pass."""
     try:
         stage = report.stage(gate.stage)
     except KeyError:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-REPORT_VERSION = 1
+REPORT_VERSION: Literal[1] = 1
 
 Kind = Literal["prefill", "decode", "forward"]
 Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]

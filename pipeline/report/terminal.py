@@ -58,8 +58,8 @@ def _speed(report: Report) -> RenderableType | None:
         launches = max(p.launches for s in report.stages for p in s.speed or () if p.kind == kind)
         floor = next((f for f in report.noise_floor if (f.kind, f.batch, f.prompt) == (kind, batch, prompt)), None)
         noise = f"; {report.baseline} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}" if floor else ""
-        table = _table(f"{what}, batch {batch}  ({rounds} rounds, {launches} launches{noise})")
-        table.add_column("stage")
+        title = f"{what}, batch {batch} ({rounds} rounds, {launches} launches{noise})"
+        table = _table("stage")
         for column in ("tokens/s", "95 %", f"× {report.baseline}", "95 %"):
             table.add_column(column, justify="right")
         table.add_column("verdict")
@@ -68,7 +68,7 @@ def _speed(report: Report) -> RenderableType | None:
             if point is None:
                 continue
             table.add_row(stage.name, *_rate(point.tokens_per_s), *_ratio(point.vs_baseline, stage, report))
-        tables.append(table)
+        tables.append(_titled(title, table))
     return Group(*tables)
 
 
@@ -76,8 +76,7 @@ def _quality(report: Report) -> RenderableType | None:
     if all(stage.quality is None and stage.artifact is None for stage in report.stages):
         return None
     scored = max((s.quality.tokens for s in report.stages if s.quality), default=0)
-    table = _table(f"quality on {scored:,} held-out tokens, size, memory" if scored else "size")
-    table.add_column("stage")
+    table = _table("stage")
     for column in ("perplexity", "ratio (95 %)", "KL", "top-1"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
@@ -100,13 +99,11 @@ def _quality(report: Report) -> RenderableType | None:
             megabytes(stage.inference_peak_memory_bytes),
             f"{_number(load.cold_s, '.2f')}/{_number(load.warm_s, '.2f')} s" if load else "–",
         )
-    return table
+    return _titled(f"quality on {scored:,} held-out tokens, size, memory" if scored else "size", table)
 
 
 def _cost(report: Report) -> RenderableType:
-    table = _table("what each stage did, and its cost when it ran")
-    for column in ("stage", "pass", "status", "effect"):
-        table.add_column(column)
+    table = _table("stage", "pass", "status", "effect")
     for column in ("time", "peak memory", "adds to store"):
         table.add_column(column, justify="right")
     for stage in report.stages:
@@ -119,7 +116,7 @@ def _cost(report: Report) -> RenderableType:
             megabytes(stage.cost.peak_memory_bytes),
             megabytes(stage.artifact.unique_bytes) if stage.artifact else "–",
         )
-    return table
+    return _titled("what each stage did, and its cost when it ran", table)
 
 
 def _failures(report: Report) -> RenderableType | None:
@@ -134,14 +131,12 @@ def _failures(report: Report) -> RenderableType | None:
 def _gates(report: Report) -> RenderableType | None:
     if not report.gates:
         return None
-    table = _table("gates")
-    table.add_column("gate")
-    table.add_column("result")
+    table = _table("gate", "result")
     table.add_column("deciding value", justify="right")
     for gate in report.gates:
         value = _number(gate.observed, ".4g") if gate.observed is not None else escape(gate.reason or "–")
         table.add_row(escape(gate.gate), _styled(gate.result), value)
-    return table
+    return _titled("gates", table)
 
 
 def effect_in_words(stage: StageReport) -> str:
@@ -151,7 +146,7 @@ def effect_in_words(stage: StageReport) -> str:
         return "–"
     if effect.kind == "none":
         return "changed nothing"
-    words = [effect.kind]
+    words: list[str] = [effect.kind]
     if effect.weights_quantized is not None:
         done, of = effect.weights_quantized
         words.append(f"{done} of {of} weights quantized")
@@ -176,8 +171,16 @@ def _points(report: Report) -> list[tuple[str, int, int]]:
     return list(found)
 
 
-def _table(title: str) -> Table:
-    return Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _titled(title: str, table: Table) -> RenderableType:
+    """The table under its title; rich would break a title to the table's width."""
+    return Group(Text(title, style="bold"), table)
 
 
 def _rate(figure: Interval) -> tuple[str, str]:
@@ -204,5 +207,3 @@ def _number(value: float | None, spec: str) -> str:
 def _styled(word: str) -> str:
     style = STYLES.get(word)
     return f"[{style}]{word}[/]" if style else word
-
-

@@ -23,9 +23,11 @@ class ExecutionSpec(Frozen):
     """How a runner should load an artifact."""
 
     device: str = "cpu"
-    provider: str = Field("CPUExecutionProvider", description="ONNX Runtime execution provider")
-    threads: int = Field(1, ge=1, description="threads inside one operator")
-    affinity: tuple[int, ...] | None = Field(None, description="logical CPUs that the process may use; None leaves it")
+    provider: str = Field(default="CPUExecutionProvider", description="ONNX Runtime execution provider")
+    threads: int = Field(default=1, ge=1, description="threads inside one operator")
+    affinity: tuple[int, ...] | None = Field(
+        default=None, description="logical CPUs that the process may use; None leaves it"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="options of the runtime itself")
 
 

@@ -1,14 +1,14 @@
 """The store: immutable blobs named by SHA-256, artifacts that name blobs, and the index from stage keys to artifacts.
 
-    blobs/ab/<sha256>              contents, read-only, one hard link each
-    artifacts/ab/<digest>.json     manifests
-    stages/ab/<stage key>.json     what a stage yielded, what went into its key, and what it cost
-    content/<own part>/<inputs>    the same artifact, found by the contents of its inputs
-    references/ab/<sha256>.json    where files of the user's with that digest were seen
-    digests/                       digests of files by their identity
-    measurements/                  results that do not depend on the clock: quality, effects
-    logs/<stage key>.log           what the pass printed
-    locks/  tmp/                   one lock a key; work in progress, swept when its owner is gone
+blobs/ab/<sha256>              contents, read-only, one hard link each
+artifacts/ab/<digest>.json     manifests
+stages/ab/<stage key>.json     what a stage yielded, what went into its key, and what it cost
+content/<own part>/<inputs>    the same artifact, found by the contents of its inputs
+references/ab/<sha256>.json    where files of the user's with that digest were seen
+digests/                       digests of files by their identity
+measurements/                  results that do not depend on the clock: quality, effects
+logs/<stage key>.log           what the pass printed
+locks/  tmp/                   one lock a key; work in progress, swept when its owner is gone
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ class Store:
     # Results that do not depend on the clock
 
     def measurement(self, key: str) -> dict[str, Any] | None:
-        return self._read(self._shard("measurements", key))
+        found: dict[str, Any] | None = self._read(self._shard("measurements", key))
+        return found
 
     def put_measurement(self, key: str, result: dict[str, Any]) -> None:
         write_atomically(self._shard("measurements", key), json.dumps(result).encode())

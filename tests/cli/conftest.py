@@ -19,9 +19,7 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Done]:
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Done]:
     """Run `pipeline ARGUMENTS…` in an empty folder."""
     work = tmp_path / "work"
     work.mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +84,9 @@ def test_a_wrong_recipe_ends_with_2_and_nothing_written(
 def test_a_device_that_the_host_lacks_ends_with_4_and_says_what_helps(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     profile = tmp_path / "gpu.yaml"
     shipped = Path(__file__).parents[2] / "hardware_profiles" / "i7-1165g7.yaml"
-    profile.write_text(shipped.read_text().replace("device: cpu", "device: cuda").replace("name: i7-1165g7", "name: gpu"))
+    profile.write_text(
+        shipped.read_text().replace("device: cpu", "device: cuda").replace("name: i7-1165g7", "name: gpu")
+    )
     code, _, err = cli("run", recipe, "--set", f"hardware={profile}")
     assert code == 4
     assert "CUDA device and this host has none" in err
@@ -129,7 +130,7 @@ def test_an_unmeasured_run_leaves_a_report_a_model_and_latest(cli: Cli, recipe: 
     assert report["export"] == "write"
     assert (latest / "model" / "note.txt").read_text() == "x"
     assert (latest / "logs" / "mark.log").read_text() == "marking with 3\n"
-    assert os.readlink(latest) == report["run"]
+    assert str(latest.readlink()) == report["run"]
 
 
 def test_only_runs_a_stage_and_what_it_is_made_from(cli: Cli, recipe: Path) -> None:
@@ -165,6 +166,7 @@ def test_a_gate_over_what_was_not_measured_is_not_evaluated(cli: Cli, recipe: Pa
     assert json.loads(out)["gates"][0]["result"] == "not_evaluated"
 
 
+@pytest.mark.slow
 def test_a_model_that_no_runner_can_load_is_unmeasured_and_ends_with_3(cli: Cli, recipe: Path) -> None:
     code, out, _ = cli("run", recipe, "--set", "evaluate.budget_s=1")
     assert code == 3

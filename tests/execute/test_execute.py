@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -149,7 +148,8 @@ def start(passes: str, checkpoint: Path, store: Store) -> subprocess.Popen[bytes
         f"text = 'version: 1\\nname: x\\nmodel: {{path: {checkpoint}}}\\npasses: {passes}\\n'\n"
         f"recipe = recipe_from_text(text, file='r.yaml', folder=Path('{checkpoint}'))\n"
         "try:\n"
-        f"    run(recipe, store=Store(Path('{store.root}')), measure=False, runs=Path('{store.root.parent / 'runs'}'))\n"
+        f"    store, runs = Store(Path('{store.root}')), Path('{store.root.parent / 'runs'}')\n"
+        "    run(recipe, store=store, measure=False, runs=runs)\n"
         "except KeyboardInterrupt:\n    sys.exit(130)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code])
@@ -197,4 +197,4 @@ def test_two_runs_at_once_make_each_stage_once(checkpoint: Path, store: Store) -
     assert [p.wait(timeout=60) for p in processes] == [0, 0]
     assert len([r for r in store.records() if r.pass_name == "write"]) == 1
     assert len(list((store.root / "logs").glob("*.log"))) == 1
-    assert os.listdir(store.root / "tmp") == [] or all(p.suffix == ".lock" for p in (store.root / "tmp").iterdir())
+    assert leftovers(store) == []

@@ -1,0 +1,122 @@
+"""report.json is what its schema says, and the terminal shows all of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import jsonschema
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from pipeline.recipe.schema import parse_gate
+from pipeline.report.build import pareto
+from pipeline.report.gates import METRICS, Condition, evaluate_gate
+from pipeline.report.schema import GateResult, Report, report_json_schema
+from pipeline.report.terminal import megabytes, render
+
+GOLDEN = Path(__file__).parent / "golden.txt"
+
+
+def rendered(report: Report) -> str:
+    out = io.StringIO()
+    render(report, Console(file=out, width=120, highlight=False, color_system=None))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def gate(text: str, report: Report) -> GateResult:
+    g = parse_gate(text)
+    return evaluate_gate(Condition(g.text, g.stage, g.metric, g.selector, g.comparison, g.holds), report)
+
+
+def test_a_report_fits_its_published_schema_and_is_read_back(report: Report) -> None:
+    schema = report_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(report.to_json()), schema)
+    assert Report.model_validate_json(report.to_json()) == report
+
+
+def test_the_schema_refuses_what_it_does_not_know(report: Report) -> None:
+    data = json.loads(report.to_json())
+    data["stages"][0]["tokens_per_second"] = 3
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, report_json_schema())
+    with pytest.raises(ValidationError):
+        Report.model_validate(data)
+
+
+def test_the_terminal_shows_what_it_showed_before(report: Report) -> None:
+    """After a change that is meant: write rendered(report) to golden.txt, and look at the difference."""
+    assert rendered(report) == GOLDEN.read_text()
+
+
+def test_markup_in_a_strangers_words_is_shown_and_not_obeyed(report: Report) -> None:
+    text = rendered(report)
+    assert "every kind of [stage]" in text
+    assert "ZeroDivisionError: [1/0]" in text
+
+
+def test_a_broken_stage_shouts_however_fast_it_is(report: Report) -> None:
+    line = next(
+        line for line in rendered(report).splitlines() if line.strip().startswith("garbage") and "broken" in line
+    )
+    assert "not finite" in line
+
+
+def test_the_end_of_the_interval_that_is_nearest_to_failure_decides(report: Report) -> None:
+    assert gate("export_onnx.decode_speedup >= 2.5", report) == GateResult(
+        gate="export_onnx.decode_speedup >= 2.5", result="passed", observed=2.5
+    )
+    assert gate("export_onnx.decode_speedup >= 2.53", report).result == "failed"
+    assert gate("export_onnx.decode_speedup <= 2.53", report).observed == 2.56
+
+
+def test_all_workload_points_must_pass(report: Report) -> None:
+    stages = [s for s in report.stages if s.name != "source"]
+    twice = stages[0].model_copy(
+        update={"speed": (*stages[0].speed, stages[0].speed[1].model_copy(update={"batch": 4}))}
+    )
+    both = report.model_copy(update={"stages": (twice,)})
+    assert gate("export_onnx.decode_tokens_per_s{batch: 4} > 240", both).result == "passed"
+    assert gate("export_onnx.decode_tokens_per_s{batch: 8} > 240", both).result == "not_evaluated"
+    assert gate("export_onnx.decode_tokens_per_s > 250", both).result == "failed"
+
+
+def test_a_gate_over_what_is_not_finite_fails(report: Report) -> None:
+    assert gate("garbage.perplexity_ratio <= 100", report) == GateResult(
+        gate="garbage.perplexity_ratio <= 100", result="failed", observed=None
+    )
+
+
+def test_a_gate_over_a_stage_that_failed_is_not_evaluated_and_says_why(report: Report) -> None:
+    found = gate("bad.size_bytes < 1", report)
+    assert (found.result, found.reason) == ("not_evaluated", "ZeroDivisionError: [1/0]")
+    assert gate("elsewhere.size_bytes < 1", report).result == "not_evaluated"
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_every_metric_reads_the_measured_baseline_or_says_nothing(name: str, report: Report) -> None:
+    bounds = METRICS[name].read(report.stage("source"), {})
+    assert all(math.isfinite(b.low) and b.low <= b.high for b in bounds)
+    assert bounds or name in {
+        "decode_speedup",
+        "prefill_speedup",
+        "perplexity_ratio",
+        "kl_divergence",
+        "top1_agreement",
+        "max_abs_logit_error",
+    }
+
+
+def test_the_pareto_front_leaves_out_what_another_stage_beats(report: Report) -> None:
+    assert pareto(report) == ("export_onnx",)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(None, "–"), (0, "0.0 MB"), (11_730_000, "11.7 MB"), (13_500_000_000, "13.5 GB")]
+)
+def test_sizes_are_told_in_decimal_units(size: int | None, words: str) -> None:
+    assert megabytes(size) == words

@@ -1,0 +1,166 @@
+"""The main job, whole and small: from the shipped recipe to a report, a model folder and the text that it generates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from pipeline import load_model
+from pipeline.recipe import load_recipe
+from pipeline.report.schema import StageReport, report_json_schema
+from pipeline.run import RunResult, run
+from pipeline.store import Store
+
+SMALL = ["evaluate.budget_s=10", "evaluate.quality.tokens=2000", "hardware=local"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("main-job")
+
+
+@pytest.fixture(scope="module")
+def result(place: Path) -> RunResult:
+    store = Store(place / "store")
+    return run(load_recipe("llama2-cpu", SMALL), store=store, runs=place / "runs")
+
+
+def stage(result: RunResult, name: str) -> StageReport:
+    return result.report.stage(name)
+
+
+def test_every_stage_runs_and_the_gates_pass(result: RunResult) -> None:
+    assert [(s.name, s.status) for s in result.report.stages] == [
+        ("source", "ran"),
+        ("export_onnx", "ran"),
+        ("int4", "ran"),
+        ("int8", "ran"),
+    ]
+    assert [g.result for g in result.report.gates] == ["passed", "passed"]
+    assert result.exit_code == 0
+
+
+def test_the_report_fits_its_schema_and_nothing_that_was_asked_for_is_missing(result: RunResult) -> None:
+    data = json.loads((result.folder / "report.json").read_text())
+    jsonschema.validate(data, report_json_schema())
+    for s in result.report.stages:
+        assert s.speed is not None
+        assert {p.kind for p in s.speed} == {"prefill", "decode"}
+        assert s.load is not None
+        assert s.load.cold_s is not None
+        assert s.inference_peak_memory_bytes
+        assert s.cost.wall_s is not None
+        assert s.quality is not None
+        assert s.name == "source" or s.quality.vs_baseline is not None
+    assert len(result.report.noise_floor) == 2
+
+
+def test_quality_falls_as_the_bits_do(result: RunResult) -> None:
+    ratios = {
+        s.name: s.quality.vs_baseline.perplexity_ratio.ratio
+        for s in result.report.stages
+        if s.quality and s.quality.vs_baseline
+    }
+    assert abs(ratios["export_onnx"] - 1) < 0.005  # type: ignore[operator]
+    assert abs(ratios["int8"] - 1) < 0.005  # type: ignore[operator]
+    assert ratios["int8"] < ratios["int4"] < 1.1  # type: ignore[operator]
+
+
+def test_effects_are_found_by_comparison(result: RunResult) -> None:
+    effects = {s.name: s.effect for s in result.report.stages}
+    assert effects["source"] is None
+    assert effects["export_onnx"].kind == "conversion"  # type: ignore[union-attr]
+    int4 = effects["int4"]
+    assert int4 is not None
+    assert int4.kind == "weights"
+    assert int4.weights_quantized == (36, 36)  # 5 layers of 7 matrices, and the head
+
+
+def test_the_export_writes_no_weights_and_int4_is_smaller(result: RunResult) -> None:
+    facts = {s.name: s.artifact for s in result.report.stages}
+    assert facts["export_onnx"].unique_bytes < 2_000_000  # type: ignore[union-attr]
+    assert facts["int4"].size_bytes < 0.6 * facts["source"].size_bytes  # type: ignore[union-attr]
+
+
+def test_the_exported_model_generates_the_text_that_was_measured(result: RunResult) -> None:
+    quality = stage(result, "int4").quality
+    assert result.report.export == "int4"
+    assert quality is not None
+    folder = result.folder / "model"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(quality.sample_prompt or "", add_special_tokens=False).ids
+    wanted = quality.sample_text or ""
+    model = load_model(folder)
+    logits = model.prefill(np.array([ids]))
+    made: list[int] = []
+    while len(tokenizer.decode(made, skip_special_tokens=False)) < len(wanted):
+        made.append(int(logits[0].argmax()))
+        logits = model.decode(np.array([[made[-1]]]))
+    assert tokenizer.decode(made, skip_special_tokens=False) == wanted
+
+
+def test_a_second_run_caches_every_stage_and_its_quality_and_measures_speed_anew(
+    result: RunResult, place: Path
+) -> None:
+    again = run(load_recipe("llama2-cpu", SMALL), store=Store(place / "store"), runs=place / "runs")
+    assert {s.status for s in again.report.stages} == {"cached"}
+    assert stage(again, "int4").quality == stage(result, "int4").quality
+    assert stage(again, "int4").speed != stage(result, "int4").speed
+    assert (place / "runs" / "llama2-cpu" / "latest").resolve() == again.folder.resolve()
+
+
+def test_without_measuring_quality_is_remembered_and_speed_is_not_shown(result: RunResult, place: Path) -> None:
+    quiet = run(load_recipe("llama2-cpu", SMALL), store=Store(place / "store"), runs=place / "runs", measure=False)
+    assert stage(quiet, "int4").quality == stage(result, "int4").quality
+    assert stage(quiet, "int4").speed is None
+    assert any("--no-measure" in note for note in quiet.report.notes)
+
+
+@pytest.fixture
+def garbage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, install: Callable[..., None]) -> None:
+    install(
+        tmp_path,
+        "garbage_passes",
+        """
+        from pipeline import Pass, load_onnx, save_onnx
+        class Negate(Pass):
+            "Turn the logits upside down."
+            name = "negate"
+            accepts, produces = frozenset({"onnx"}), "onnx"
+            def run(self, artifact, params, context):
+                import onnx_ir as ir
+                model = load_onnx(artifact)
+                logits = model.graph.outputs[0]
+                node = ir.node("Neg", [logits])
+                model.graph.append(node)
+                new = node.outputs[0]
+                new.shape, new.type = logits.shape, logits.type
+                logits.name, new.name = "upright", "logits"
+                model.graph.outputs[0] = new
+                return save_onnx(model, context.output, like=artifact)
+        """,
+        {"negate": "garbage_passes:Negate"},
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("garbage", "result")
+def test_a_stage_whose_output_is_garbage_is_broken_and_ends_with_1(place: Path) -> None:
+    passes = "passes=[{pass: export_onnx}, {pass: negate}]"
+    overrides = [*SMALL, passes, "export=null", "gates=[]", "evaluate.budget_s=2"]
+    made = run(load_recipe("llama2-cpu", overrides), store=Store(place / "store"), runs=place / "runs")
+    quality = stage(made, "negate").quality
+    assert quality is not None
+    assert quality.vs_baseline is not None
+    assert quality.vs_baseline.verdict == "broken"
+    assert made.exit_code == 1
+    assert made.report.export is None
