@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.artifact import Artifact
-from pipeline.errors import RecipeError
+from pipeline.errors import HostError, RecipeError
 from pipeline.evaluate import Evaluation, Measured
 from pipeline.events import Events
 from pipeline.execute import StageResult, execute
@@ -116,11 +116,16 @@ def run(
             wall_s=time.monotonic() - began,
         )
         export = _choose_export(recipe, plan, report)
+        notes, code = report.notes, exit_code(recipe, report)
         if export is not None:
-            materialize(artifacts[export], folder.path / "model")
-        report = report.model_copy(update={"export": export, "wall_s": time.monotonic() - began})
+            try:
+                materialize(artifacts[export], folder.path / "model")
+            except HostError as error:  # the disk is full; what was measured is worth keeping
+                notes, code, export = (*notes, f"no model was exported: {error}"), HostError.exit_code, None
+        changes = {"export": export, "notes": notes, "wall_s": time.monotonic() - began}
+        report = report.model_copy(update=changes)
         _write(folder.path, recipe, plan, measured, report)
-    return RunResult(report=report, folder=folder.finished, exit_code=exit_code(recipe, report))
+    return RunResult(report=report, folder=folder.finished, exit_code=code)
 
 
 def exit_code(recipe: Recipe, report: Report) -> int:

@@ -57,6 +57,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output left, for example `head`
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if error.filename is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        sys.exit(4)
     except Exception as error:
         show = getattr(error, "show", None)  # what typer raises for a wrong command line
         if show is None:

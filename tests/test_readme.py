@@ -1,0 +1,59 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import app
+from pipeline.recipe.load import recipe_from_text
+from pipeline.run import plan_recipe, run
+from pipeline.store import Store
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_recipe_in_the_readme_is_the_shipped_one() -> None:
+    shipped = (ROOT / "recipes" / "llama2-cpu.yaml").read_text()
+    assert blocks("yaml") == [shipped]
+
+
+def test_every_command_in_the_readme_exists() -> None:
+    import typer.main
+
+    verbs = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    used = {words[1] for line in re.findall(r"(?:\$ |`|^    )(pipeline [^`\n]+)", README, re.M) if (words := line.split())}
+    assert used - {"[OPTIONS]"} <= verbs, used - verbs
+    assert {"run", "plan", "why", "passes", "schema"} <= used
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, re.M)) <= targets
+
+
+def test_every_linked_file_is_there() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.slow
+def test_the_python_in_the_readme_generates_the_text_in_the_readme(tmp_path: Path, store: Store) -> None:
+    recipe = recipe_from_text(blocks("yaml")[0], file="README.md", folder=ROOT)
+    assert plan_recipe(recipe, store=store).stages
+    run(recipe, store=store, measure=False, runs=tmp_path / "runs")
+    code = blocks("python")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = README.partition(code)[2].split("```")[2]
+    assert done.stdout.strip() == shown.strip()
+    assert len(code.strip().splitlines()) <= 12
