@@ -31,7 +31,8 @@ def test_every_command_in_the_readme_exists() -> None:
     import typer.main
 
     verbs = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    used = {words[1] for line in re.findall(r"(?:\$ |`|^    )(pipeline [^`\n]+)", README, re.M) if (words := line.split())}
+    lines = re.findall(r"(?:\$ |`|^    )(pipeline [^`\n]+)", README, re.MULTILINE)
+    used = {line.split()[1] for line in lines}
     assert used - {"[OPTIONS]"} <= verbs, used - verbs
     assert {"run", "plan", "why", "passes", "schema"} <= used
 

@@ -46,6 +46,7 @@ class Worker:
         self.name = name
         self.log = log
         self._spec = spec
+        self._preparing = False
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as sink:
             self._log_start = sink.tell()
@@ -62,31 +63,55 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
+    def prepare(self, artifact: Artifact) -> None:
+        """Have the process import what the artifact needs. Returns at once, so that several can do so together.
+
+        Whether it went well is the next answer's to tell.
+        """
+        self._send("prepare", self._description(artifact))
+        self._preparing = True
+
+    def wait_until_prepared(self) -> None:
+        """Wait for what `prepare` began.
+
+        Raises: StageError where a library is missing; WorkerDiedError where the process ends.
+        """
+        if self._preparing:
+            self._preparing = False
+            self._receive("prepare")
+
     def load(self, artifact: Artifact) -> dict[str, Any]:
         """Load the artifact: load_s (imports not counted), vocab_size, max_length, environment.
 
         Raises: StageError where it does not load; WorkerDiedError where the process ends.
         """
-        return self.ask(
-            "load",
-            manifest=artifact.manifest.model_dump(mode="json"),
-            blobs=str(artifact.blobs.absolute()),
-            spec=self._spec.model_dump(mode="json"),
-        )
+        return self.ask("load", **self._description(artifact))
+
+    def _description(self, artifact: Artifact) -> dict[str, Any]:
+        return {
+            "manifest": artifact.manifest.model_dump(mode="json"),
+            "blobs": str(artifact.blobs.absolute()),
+            "spec": self._spec.model_dump(mode="json"),
+        }
 
     def ask(self, request: str, **fields: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
 
         Raises: StageError with the worker's reason where it refuses; WorkerDiedError where it ends first.
         """
+        self.wait_until_prepared()
+        self._send(request, fields)
+        return self._receive(request)
+
+    def _send(self, request: str, fields: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # it is dead, which reading its answer will tell
             self._process.stdin.write(json.dumps({"request": request, **fields}).encode() + b"\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
+
+    def _receive(self, request: str) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
             raise self._death(request)
         answer = json.loads(line)
@@ -139,6 +164,8 @@ class WorkerProcess(Protocol):
 
     @property
     def pid(self) -> int: ...
+    def prepare(self, artifact: Artifact) -> None: ...
+    def wait_until_prepared(self) -> None: ...
     def load(self, artifact: Artifact) -> dict[str, Any]: ...
     def ask(self, request: str, **fields: Any) -> dict[str, Any]: ...
     def close(self) -> None: ...

@@ -188,7 +188,10 @@ class _Schedule:
             for seat in group:
                 files = _files(seat.stage.artifact)
                 if seat.replica == 0 and files & mapped:
-                    self._load(seat, None, start_worker, None, cold=True)
+                    with ExitStack() as stack:
+                        worker = self._begin(seat, start_worker, stack)
+                        if worker is not None:
+                            self._load(seat, worker, None, cold=True)
                 mapped |= files
 
     # One launch
@@ -196,48 +199,60 @@ class _Schedule:
     def _start(
         self, seats: list[_Seat], launch: int, start_worker: StartWorker, stack: ExitStack
     ) -> dict[_Seat, WorkerProcess]:
+        """Workers with their artifacts loaded. Libraries are imported side by side; loading, which is timed, is not."""
+        order = seats if launch == 0 else self._shuffled(seats)
+        starting = {seat: w for seat in order if (w := self._begin(seat, start_worker, stack)) is not None}
+        for seat, worker in list(starting.items()):
+            try:
+                worker.wait_until_prepared()
+            except StageError as error:
+                self._fail(seat, str(error))
+                del starting[seat]
         workers: dict[_Seat, WorkerProcess] = {}
-        for seat in seats if launch == 0 else self._shuffled(seats):
+        for seat, worker in starting.items():
             known = {sample.stage for sample in self.record.loads if sample.cold}
             cold = launch == 0 and seat.replica == 0 and seat.stage.name not in known
-            worker = self._load(seat, launch, start_worker, stack, cold=cold)
-            if worker is not None:
+            if self._load(seat, worker, launch, cold=cold):
                 workers[seat] = worker
         return workers
 
-    def _load(
-        self, seat: _Seat, launch: int | None, start_worker: StartWorker, stack: ExitStack | None, *, cold: bool
-    ) -> WorkerProcess | None:
-        """A worker with the artifact loaded, closed by `stack` (or at once, without one); None where it failed."""
+    def _begin(self, seat: _Seat, start_worker: StartWorker, stack: ExitStack) -> WorkerProcess | None:
+        """A process that has begun to import what it needs, closed by `stack`; None where it does not start."""
         stage = seat.stage
         if stage.name in self.record.failures:
             return None
+        try:
+            worker = start_worker(stage.name, stage.spec, self.logs / f"{stage.name}.log")
+        except StageError as error:
+            self._fail(seat, str(error))
+            return None
+        stack.callback(worker.close)
+        worker.prepare(stage.artifact)
+        return worker
+
+    def _load(self, seat: _Seat, worker: WorkerProcess, launch: int | None, *, cold: bool) -> bool:
+        """Load and record how long it took; False where it failed."""
+        stage = seat.stage
         self._tell(f"loading {seat}")
         dropped = cold and drop_from_page_cache(_files(stage.artifact))
-        with ExitStack() as own:
-            try:
-                worker = start_worker(stage.name, stage.spec, self.logs / f"{stage.name}.log")
-                own.callback(worker.close)
-                answer = worker.load(stage.artifact)
-            except StageError as error:
-                self._fail(seat, str(error))
-                return None
-            if stage.name == self.baseline or not self.vocab_size:
-                self.vocab_size = min(self.vocab_size or answer["vocab_size"], answer["vocab_size"])
-            self.record.loads.append(
-                LoadSample(
-                    stage=stage.name,
-                    replica=seat.replica,
-                    launch=launch,
-                    load_s=answer["load_s"],
-                    cold=dropped,
-                    environment=answer.get("environment", {}),
-                )
+        try:
+            answer = worker.load(stage.artifact)
+        except StageError as error:
+            self._fail(seat, str(error))
+            return False
+        if stage.name == self.baseline or not self.vocab_size:
+            self.vocab_size = min(self.vocab_size or answer["vocab_size"], answer["vocab_size"])
+        self.record.loads.append(
+            LoadSample(
+                stage=stage.name,
+                replica=seat.replica,
+                launch=launch,
+                load_s=answer["load_s"],
+                cold=dropped,
+                environment=answer.get("environment", {}),
             )
-            if stack is None:
-                return None
-            stack.push(own.pop_all())
-        return worker
+        )
+        return True
 
     def _warm_up(
         self, workers: dict[_Seat, WorkerProcess], launch: int, *, share: float

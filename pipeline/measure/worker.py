@@ -4,6 +4,7 @@ Requests come as JSON lines on standard input; each gets one JSON line, `{"ok": 
 copy of standard output. Whatever libraries print goes to standard error, which the parent makes a log file. Between
 requests the process blocks in a read.
 
+    prepare   manifest, blobs, spec                  -> nothing; the libraries are imported
     load   manifest, blobs, spec                     -> load_s, vocab_size, max_length, environment
     warm_up   point, vocab_size, seed, steps, cap_s  -> seconds, flat
     block  point, vocab_size, seed, steps, min_s     -> seconds
@@ -50,6 +51,7 @@ class Session:
         fields = dict(request)
         name = fields.pop("request", None)
         handlers: dict[Any, Callable[..., dict[str, Any]]] = {
+            "prepare": self._prepare,
             "load": self._load,
             "warm_up": self._warm_up,
             "block": self._block,
@@ -59,12 +61,17 @@ class Session:
             raise PipelineError(f"unknown request {name!r}")
         return handlers[name](**fields)
 
-    def _load(self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any]) -> dict[str, Any]:
-        artifact = Artifact(Manifest.model_validate(manifest), Path(blobs))
+    def _prepare(self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any]) -> dict[str, Any]:
         execution = ExecutionSpec.model_validate(spec)
         if execution.affinity is not None and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, execution.affinity)  # before any library starts its threads
-        _import_libraries(artifact)
+        _import_libraries(Artifact(Manifest.model_validate(manifest), Path(blobs)))
+        return {}
+
+    def _load(self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any]) -> dict[str, Any]:
+        self._prepare(manifest, blobs, spec)
+        artifact = Artifact(Manifest.model_validate(manifest), Path(blobs))
+        execution = ExecutionSpec.model_validate(spec)
         begin = time.perf_counter_ns()
         self._runner = load_runner(artifact, execution)
         load_s = (time.perf_counter_ns() - begin) / 1e9

@@ -6,7 +6,6 @@ Only the safe core of YAML is read: no tag builds an object, a key stands once, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import yaml
@@ -54,8 +53,8 @@ class Positions:
         for known in [p for p in self._known if p[: len(path)] == path]:
             del self._known[known]
 
-    def __iter__(self) -> Iterator[Path]:
-        return iter(self._known)
+    def __contains__(self, path: object) -> bool:
+        return path in self._known
 
 
 def parse(text: str, file: str) -> tuple[Any, Positions]:
@@ -124,7 +123,6 @@ class _Reader:
             if name in result and name not in own:
                 continue
             here = (*path, name)
-            self._positions.forget(here)
             self._positions.put(here, _location(key, self._positions.file))
             result[name] = self.read(value, here)
         return result

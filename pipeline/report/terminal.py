@@ -68,7 +68,7 @@ def _speed(report: Report) -> RenderableType | None:
             if point is None:
                 continue
             table.add_row(stage.name, *_rate(point.tokens_per_s), *_ratio(point.vs_baseline, stage, report))
-        tables.append(_titled(title, table))
+        tables += [Text(""), _titled(title, table)] if tables else [_titled(title, table)]
     return Group(*tables)
 
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+LEAST_SHARE = 0.9
+"""Of the parameters that a config describes, what the weights must hold; the rest is left to the check by name."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -58,11 +62,21 @@ class TorchRunner:
 
     @staticmethod
     def import_libraries(artifact: Artifact) -> None:
-        """Import all that loading needs, so that a load time does not count it."""
+        """Import all that loading needs, so that a load time does not count it.
+
+        Raises: PipelineError where the checkpoint is too small for its config: transformers would spend minutes and
+        gigabytes on random values for what is missing before it says so.
+        """
+        import torch
         from transformers import AutoModelForCausalLM
 
-        with checkpoint_folder(artifact) as folder:
-            AutoModelForCausalLM._model_mapping[type(_config(folder))]
+        with checkpoint_folder(artifact) as folder, torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_config(folder), trust_remote_code=False)
+        model.tie_weights()
+        described = sum(parameter.numel() for parameter in model.parameters())  # tied ones count once
+        held = sum(prod(t.shape) for part in artifact.manifest.components.values() for t in part.tensors.values())
+        if held < described * LEAST_SHARE:
+            raise PipelineError(f"config.json describes {described:,} parameters and the weights hold {held:,}")
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
         """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""

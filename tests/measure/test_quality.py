@@ -37,6 +37,12 @@ class InProcess:
         self.spec = spec
         self.session = Session()
 
+    def prepare(self, artifact: Artifact) -> None:
+        pass
+
+    def wait_until_prepared(self) -> None:
+        pass
+
     def load(self, artifact: Artifact) -> dict[str, Any]:
         manifest = artifact.manifest.model_dump(mode="json")
         return self.ask("load", manifest=manifest, blobs=str(artifact.blobs), spec=self.spec.model_dump())

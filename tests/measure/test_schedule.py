@@ -62,6 +62,12 @@ class FakeWorker:
         host.alive.add(self.key)
         host.most_alive["all"] = max(host.most_alive.get("all", 0), len(host.alive))
 
+    def prepare(self, artifact: Artifact) -> None:
+        pass
+
+    def wait_until_prepared(self) -> None:
+        pass
+
     def load(self, artifact: Artifact) -> dict[str, Any]:
         self.host.check(self.name, "load")
         self.host.now += self.host.import_s + 0.5

@@ -32,6 +32,7 @@ def artifact(store: Store) -> Artifact:
         node = ir.node("MatMul", [x, w])
         node.outputs[0].name = "y"
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape(["B", 64])
         graph = ir.Graph([x], [node.outputs[0]], nodes=[node], initializers=[w], opset_imports={"": 20}, name="g")
         part = onnx_component(ir.Model(graph, ir_version=10), output)
         files = {"config.json": output.file("config.json", b"{}")}
