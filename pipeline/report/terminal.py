@@ -134,7 +134,7 @@ def _gates(report: Report) -> RenderableType | None:
     table = _table("gate", "result")
     table.add_column("deciding value", justify="right")
     for gate in report.gates:
-        value = _number(gate.observed, ".4g") if gate.observed is not None else escape(gate.reason or "–")
+        value = _number(gate.observed, ".5g") if gate.observed is not None else escape(gate.reason or "–")
         table.add_row(escape(gate.gate), _styled(gate.result), value)
     return _titled("gates", table)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipeline.artifact import MAIN_COMPONENT, ONNX_FILE, Artifact, numpy_dtype
 from pipeline.errors import HostError, PipelineError
 from pipeline.runtime.protocol import ExecutionSpec
-from pipeline.runtime.sequence import Sequence
+from pipeline.runtime.sequence import Sequence, as_tokens
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import ArrayLike
 
 
 def _installed() -> str:
@@ -80,32 +81,35 @@ class OnnxRuntimeRunner:
         import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401
 
-    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+    def prefill(self, tokens: ArrayLike) -> np.ndarray:
         """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""
-        batch, length = self._sequence.check_prompt(tokens)
+        ids = as_tokens(tokens)
+        batch, length = self._sequence.check_prompt(ids)
         self.reset()
-        logits = self._forward(tokens, keep=1)
+        logits = self._forward(ids, keep=1)
         self._sequence.extend(batch, length)
         return logits[:, -1]
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
+    def decode(self, tokens: ArrayLike) -> np.ndarray:
         """Append one token a sequence, [B, 1], and return its logits [B, V]."""
-        batch = self._sequence.check_step(tokens)
-        logits = self._forward(tokens, keep=1)
+        ids = as_tokens(tokens)
+        batch = self._sequence.check_step(ids)
+        logits = self._forward(ids, keep=1)
         self._sequence.extend(batch, 1)
         return logits[:, -1]
 
-    def score(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    def score(self, tokens: ArrayLike) -> Iterator[np.ndarray]:
         """Logits of all positions of [B, S] from an empty cache, in order, in chunks [B, C, V].
 
         With B > 1 the positions run at once: GroupQueryAttention refuses several sequences of several tokens each
         after a past.
         """
-        batch, length = self._sequence.check_prompt(tokens)
+        ids = as_tokens(tokens)
+        batch, length = self._sequence.check_prompt(ids)
         self.reset()
         step = self._sequence.chunk_length(batch, self.vocab_size) if batch == 1 else length
         for begin in range(0, length, step):
-            part = tokens[:, begin : begin + step]
+            part = ids[:, begin : begin + step]
             logits = self._forward(part, keep=part.shape[1])
             self._sequence.extend(batch, part.shape[1])
             yield logits

@@ -15,6 +15,7 @@ from pipeline.store.folder import read_folder
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import ArrayLike
 
 RUNNERS = "pipeline.runners"
 
@@ -43,13 +44,13 @@ class CausalLMRunner(Protocol):
     vocab_size: int
     max_length: int
 
-    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+    def prefill(self, tokens: ArrayLike) -> np.ndarray:
         """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
+    def decode(self, tokens: ArrayLike) -> np.ndarray:
         """Append one token a sequence, [B, 1], and return its logits [B, V]."""
 
-    def score(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    def score(self, tokens: ArrayLike) -> Iterator[np.ndarray]:
         """Logits of all positions of [B, S] from an empty cache, in order, in chunks [B, C, V]."""
 
     def reset(self) -> None:

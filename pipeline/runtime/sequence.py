@@ -8,9 +8,17 @@ from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import ArrayLike
 
 SCORE_BYTES = 64 * 2**20
 """Bytes of float32 logits that `score` gives at a time: the same in every runner, so that stages compute alike."""
+
+
+def as_tokens(tokens: ArrayLike) -> np.ndarray:
+    """Token ids as an int64 array; lists will do."""
+    import numpy as np
+
+    return np.asarray(tokens, dtype=np.int64)
 
 
 class Sequence:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipeline.artifact import Artifact
 from pipeline.errors import HostError, PipelineError
 from pipeline.runtime.protocol import ExecutionSpec
-from pipeline.runtime.sequence import Sequence
+from pipeline.runtime.sequence import Sequence, as_tokens
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import ArrayLike
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -78,28 +79,31 @@ class TorchRunner:
         if held < described * LEAST_SHARE:
             raise PipelineError(f"config.json describes {described:,} parameters and the weights hold {held:,}")
 
-    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+    def prefill(self, tokens: ArrayLike) -> np.ndarray:
         """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""
-        batch, length = self._sequence.check_prompt(tokens)
+        ids = as_tokens(tokens)
+        batch, length = self._sequence.check_prompt(ids)
         self.reset()
-        logits = self._forward(tokens, keep=1)[:, -1]
+        logits = self._forward(ids, keep=1)[:, -1]
         self._sequence.extend(batch, length)
         return logits
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
+    def decode(self, tokens: ArrayLike) -> np.ndarray:
         """Append one token a sequence, [B, 1], and return its logits [B, V]."""
-        batch = self._sequence.check_step(tokens)
-        logits = self._forward(tokens, keep=1)[:, -1]
+        ids = as_tokens(tokens)
+        batch = self._sequence.check_step(ids)
+        logits = self._forward(ids, keep=1)[:, -1]
         self._sequence.extend(batch, 1)
         return logits
 
-    def score(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    def score(self, tokens: ArrayLike) -> Iterator[np.ndarray]:
         """Logits of all positions of [B, S] from an empty cache, in order, in chunks [B, C, V]."""
-        batch, length = self._sequence.check_prompt(tokens)
+        ids = as_tokens(tokens)
+        batch, length = self._sequence.check_prompt(ids)
         self.reset()
         step = self._sequence.chunk_length(batch, self.vocab_size)
         for begin in range(0, length, step):
-            part = tokens[:, begin : begin + step]
+            part = ids[:, begin : begin + step]
             logits = self._forward(part, keep=0)
             self._sequence.extend(batch, part.shape[1])
             yield logits
@@ -120,7 +124,7 @@ class TorchRunner:
             self._cache = DynamicCache(config=self._model.config)
         extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         with torch.inference_mode():
-            ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self._device)
+            ids = torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device)
             output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **extra)
             # the copy to the host waits for the device
             logits: np.ndarray = output.logits.to(torch.float32).cpu().numpy()
