@@ -9,6 +9,8 @@ import typer
 from pipeline.cli import cache, hardware, passes, plan, report, run, schema, why
 from pipeline.cli.output import fail
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="pipeline",
     help="Optimize models by recipe: run passes, and measure what each of them really did.",
@@ -52,8 +54,7 @@ def main() -> None:
     except PipelineError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt:
-        typer.echo("interrupted; finished stages stay in the store", err=True)
-        sys.exit(130)
+        code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, for example `head`
         sys.stderr.close()
         sys.exit(0)
@@ -68,4 +69,6 @@ def main() -> None:
             raise
         show()
         sys.exit(2)
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code itself where it can
+        typer.echo("interrupted; finished stages stay in the store", err=True)
     sys.exit(code if isinstance(code, int) else 0)

@@ -29,7 +29,15 @@ STYLES = {
 def render(report: Report, console: Console) -> None:
     """Print the whole report."""
     console.print()
-    parts = [_head(report), _speed(report), _quality(report), _cost(report), _failures(report), _gates(report)]
+    parts = [
+        _head(report),
+        _speed(report),
+        _quality(report),
+        _resources(report),
+        _changes(report),
+        _failures(report),
+        _gates(report),
+    ]
     for part in parts:
         if part is not None:
             console.print(part)
@@ -73,50 +81,56 @@ def _speed(report: Report) -> RenderableType | None:
 
 
 def _quality(report: Report) -> RenderableType | None:
-    if all(stage.quality is None and stage.artifact is None for stage in report.stages):
-        return None
     scored = max((s.quality.tokens for s in report.stages if s.quality), default=0)
+    if not scored:
+        return None
     table = _table("stage")
-    for column in ("perplexity", "ratio (95 %)", "KL", "top-1"):
+    for column in ("perplexity", f"× {report.baseline}", "95 %", "KL", "top-1"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
-    for column in ("size", "memory", "load cold/warm"):
+    for stage in report.stages:
+        if stage.quality is None:
+            continue
+        paired = stage.quality.vs_baseline
+        table.add_row(
+            stage.name,
+            _number(stage.quality.perplexity, ".3f"),
+            *_plain_ratio(paired.perplexity_ratio if paired else None),
+            _number(paired.kl_divergence, ".2g") if paired else "–",
+            _number(paired.top1_agreement, ".1%") if paired else "–",
+            _styled(paired.verdict) if paired else ("baseline" if stage.name == report.baseline else "–"),
+        )
+    return _titled(f"quality on {scored:,} held-out tokens", table)
+
+
+def _resources(report: Report) -> RenderableType | None:
+    if all(stage.artifact is None for stage in report.stages):
+        return None
+    table = _table("stage")
+    for column in ("size", "load cold", "warm", "memory", "made in", "with memory", "adds to store"):
         table.add_column(column, justify="right")
     for stage in report.stages:
         if stage.artifact is None:
             continue
-        quality = stage.quality
-        paired = quality.vs_baseline if quality else None
         load = stage.load
         table.add_row(
             stage.name,
-            _number(quality.perplexity, ".3f") if quality else "–",
-            _plain_ratio(paired.perplexity_ratio) if paired else "–",
-            _number(paired.kl_divergence, ".2g") if paired else "–",
-            _number(paired.top1_agreement, ".1%") if paired else "–",
-            _styled(paired.verdict) if paired else ("baseline" if stage.name == report.baseline else "–"),
             megabytes(stage.artifact.size_bytes),
+            _seconds(load.cold_s if load else None),
+            _seconds(load.warm_s if load else None),
             megabytes(stage.inference_peak_memory_bytes),
-            f"{_number(load.cold_s, '.2f')}/{_number(load.warm_s, '.2f')} s" if load else "–",
-        )
-    return _titled(f"quality on {scored:,} held-out tokens, size, memory" if scored else "size", table)
-
-
-def _cost(report: Report) -> RenderableType:
-    table = _table("stage", "pass", "status", "effect")
-    for column in ("time", "peak memory", "adds to store"):
-        table.add_column(column, justify="right")
-    for stage in report.stages:
-        table.add_row(
-            stage.name,
-            stage.pass_,
-            _styled(stage.status),
-            effect_in_words(stage),
-            f"{stage.cost.wall_s:.1f} s" if stage.cost.wall_s is not None else "–",
+            _seconds(stage.cost.wall_s),
             megabytes(stage.cost.peak_memory_bytes),
-            megabytes(stage.artifact.unique_bytes) if stage.artifact else "–",
+            megabytes(stage.artifact.unique_bytes),
         )
-    return _titled("what each stage did, and its cost when it ran", table)
+    return _titled("what each model takes to run, and what it took to make", table)
+
+
+def _changes(report: Report) -> RenderableType:
+    table = _table("stage", "pass", "status", "what it changed")
+    for stage in report.stages:
+        table.add_row(stage.name, stage.pass_, _styled(stage.status), effect_in_words(stage))
+    return _titled("stages", table)
 
 
 def _failures(report: Report) -> RenderableType | None:
@@ -194,10 +208,16 @@ def _ratio(ratio: Ratio | None, stage: StageReport, report: Report) -> tuple[str
     return f"{ratio.ratio:.2f}", f"{ratio.low:.2f}–{ratio.high:.2f}", _styled(ratio.verdict)
 
 
-def _plain_ratio(ratio: PlainRatio) -> str:
+def _plain_ratio(ratio: PlainRatio | None) -> tuple[str, str]:
+    if ratio is None:
+        return "–", "–"
     if ratio.ratio is None or ratio.low is None or ratio.high is None:
-        return "not finite"
-    return f"{ratio.ratio:.4f} ({ratio.low:.4f}–{ratio.high:.4f})"
+        return "not finite", "–"
+    return f"{ratio.ratio:.4f}", f"{ratio.low:.4f}–{ratio.high:.4f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
 def _number(value: float | None, spec: str) -> str:

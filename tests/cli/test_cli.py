@@ -179,7 +179,7 @@ def test_report_shows_the_latest_run_of_a_recipe_again(cli: Cli, recipe: Path) -
     for name in ("r", "runs/r/latest"):
         code, out, _ = cli("report", name)
         assert code == 0
-        assert "what each stage did" in out
+        assert "what it changed" in out
     assert json.loads(cli("report", "r", "--json")[1])["recipe"] == "r"
     (Path("runs/r/latest") / "report.json").write_text('{"schema_version": 2}')
     code, _, err = cli("report", "r")
@@ -237,3 +237,25 @@ def test_profiles_are_listed_and_shown(cli: Cli) -> None:
 def test_schemas_are_printed(cli: Cli) -> None:
     for arguments in (["schema"], ["schema", "--report"]):
         jsonschema.Draft202012Validator.check_schema(json.loads(cli(*arguments)[1]))
+
+
+def test_ctrl_c_ends_with_130_and_says_what_is_kept(cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.run.run", interrupt)
+    code, _, err = cli("run", recipe)
+    assert code == 130
+    assert "interrupted; finished stages stay in the store" in err
+    assert "Traceback" not in err
+
+
+def test_a_store_that_cannot_be_written_ends_with_4(
+    cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path / "file"))
+    code, _, err = cli("run", recipe, "--no-measure")
+    assert code == 4
+    assert str(tmp_path / "file") in err
+    assert "Traceback" not in err
