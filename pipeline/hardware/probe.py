@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import HostError
+from pipeline.files import write_atomically
 from pipeline.hardware.host import Host, describe_host
 
 if TYPE_CHECKING:
@@ -135,28 +135,13 @@ def probe(
     if kept is not None:
         return kept
     result = (measure or measure_in_worker)().model_copy(update={"host": host.facets()})
-    _write_aside(_result_path(host, folder), result.model_dump_json(indent=2) + "\n")
+    write_atomically(_result_path(host, folder), result.model_dump_json(indent=2).encode() + b"\n")
     return result
 
 
 def _result_path(host: Host, folder: Path) -> Path:
     facets = json.dumps(host.facets(), sort_keys=True, separators=(",", ":"))
     return folder / f"{hashlib.sha256(facets.encode()).hexdigest()[:16]}.json"
-
-
-def _write_aside(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def measure_in_worker(*, seconds: float = _MEASURING_S) -> ProbeResult:

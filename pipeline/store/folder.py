@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.artifact import ONNX_FILE, Artifact, Component, FileEntry, Manifest, TensorRef, map_tensor, safe_name
 from pipeline.errors import HostError, PipelineError
-from pipeline.store.files import copy_file, sha256_of
+from pipeline.files import copy_file, sha256_of
 from pipeline.store.writer import ALIGNMENT
 
 MANIFEST = "pipeline.json"

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
 from pipeline.artifact import Artifact, FileEntry, Frozen, Manifest, blob_path
-from pipeline.store.files import DigestMemory, fsync_folder, write_atomically
+from pipeline.files import DigestMemory, fsync_folder, write_atomically
 
 
 def default_store_path() -> Path:

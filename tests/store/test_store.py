@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.artifact import Artifact, Component, FileEntry, Interface, Manifest, blob_path
+from pipeline.files import DigestMemory, sha256_of, write_atomically
 from pipeline.store import StageRecord, Store, default_store_path
-from pipeline.store.files import DigestMemory, sha256_of, write_atomically
 from pipeline.store.writer import ALIGNMENT, OutputWriter
 
 
