@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -110,7 +110,7 @@ class Manifest(Frozen):
 
     schema_version: int = SCHEMA_VERSION
     format: str
-    components: dict[str, Component]
+    components: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Component]
     files: dict[str, FileEntry] = Field(default_factory=dict, description="config, tokenizer …, shared by components")
     interface: Interface
     transforms: tuple[dict[str, Any], ...] = Field((), description="module transforms applied at load (torch)")

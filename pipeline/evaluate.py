@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError
 from pipeline.events import Events
-from pipeline.hardware.probe import cached_probe, default_folder, probe
+from pipeline.hardware.probe import cached_probe, probe, probe_folder
 from pipeline.measure.effect import EFFECT_VERSION, Effect, compare_artifacts
 from pipeline.measure.process import StageToMeasure
 from pipeline.measure.quality import (
-    QualityMeasurement,
+    QUALITY_VERSION,
     QualityWorkload,
     StageQuality,
     fit_windows,
@@ -41,6 +44,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class _Quality:
+    """What is known of the stages' quality, why some could not be scored, and why none could."""
+
+    stages: Mapping[str, StageQuality]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One run's artifacts and how they are to be evaluated."""
 
@@ -57,22 +70,38 @@ class Evaluation:
     def evaluate(self, *, speed: bool) -> Measured:
         """Effects, quality and, where asked for, speed. Without speed, only what the store remembers of quality."""
         text_digest = digest_of(self.text)
-        effects = self._effects()
+        effects, failures = self._effects()
         baseline = self.recipe.evaluate.baseline
         if baseline not in self.artifacts:
             note = f"nothing was measured: the baseline {baseline} has no artifact"
-            return Measured(text_digest=text_digest, effects=effects, notes=(note,))
+            return Measured(text_digest=text_digest, effects=effects, failures=failures, notes=(note,))
         spec = ExecutionSpec(threads=self.plan.threads)
-        stages = [StageToMeasure(name, a, spec) for name, a in self.artifacts.items() if name in self.chosen]
+        stages = [
+            StageToMeasure(name, artifact, spec)
+            for name, artifact in self.artifacts.items()
+            if name in self.chosen and name not in failures
+        ]
+        for stage in list(stages):
+            try:
+                runner_version(stage.artifact.format)
+            except PipelineError as error:  # a format that no installed runner loads
+                failures[stage.name] = str(error)
+                stages.remove(stage)
+        if baseline in failures:
+            note = f"nothing was measured: the baseline {baseline} cannot be: {failures[baseline]}"
+            return Measured(text_digest=text_digest, effects=effects, failures=failures, notes=(note,))
         quality = self._quality(stages, text_digest, known_only=not speed)
-        notes, failures = list(quality.notes), dict(quality.failures)
+        notes = list(quality.notes)
         timed = None
         if not speed:
             notes.append("speed, load time and memory were not measured (--no-measure)")
-        elif baseline not in failures:
-            timed = self._speed([s for s in stages if s.name not in failures])
+        elif baseline not in quality.failures:
+            timed = self._speed([s for s in stages if s.name not in quality.failures])
             failures |= timed.failures
             notes += timed.notes
+        failures |= quality.failures
+        if quality.problem is not None:
+            failures = {stage.name: quality.problem for stage in stages} | failures
         return Measured(
             text_digest=text_digest,
             effects=effects,
@@ -82,23 +111,29 @@ class Evaluation:
             notes=tuple(notes),
         )
 
-    def _effects(self) -> dict[str, Effect]:
+    def _effects(self) -> tuple[dict[str, Effect], dict[str, str]]:
+        """(effects, why a stage's artifact cannot be read)."""
         pairs = [
             (stage.name, self.artifacts[stage.parent], self.artifacts[stage.name])
             for stage in self.plan.stages
             if stage.parent is not None and stage.parent in self.artifacts and stage.name in self.artifacts
         ]
-        found = {}
+        found: dict[str, Effect] = {}
+        failures: dict[str, str] = {}
         for name, before, after in pairs:
             key = digest_of({"effect": EFFECT_VERSION, "before": before.digest, "after": after.digest})
-            if known := self.store.measurement(key):
-                found[name] = Effect.model_validate(known)
+            if (known := _remembered(Effect, self.store, key)) is not None:
+                found[name] = known
                 continue
-            found[name] = compare_artifacts(before, after)
+            try:
+                found[name] = compare_artifacts(before, after)
+            except Exception as error:  # a pass can yield anything; what cannot be read fails its stage and no other
+                failures[name] = f"its artifact cannot be read: {type(error).__name__}: {error}"
+                continue
             self.store.put_measurement(key, found[name].model_dump(mode="json"))
-        return found
+        return found, failures
 
-    def _quality(self, stages: list[StageToMeasure], text_digest: str, *, known_only: bool) -> QualityMeasurement:
+    def _quality(self, stages: list[StageToMeasure], text_digest: str, *, known_only: bool) -> _Quality:
         """Only stages that the store does not know are scored, beside the baseline."""
         wanted = self.recipe.evaluate.quality
         asked_for = QualityWorkload(window=wanted.window, stride=wanted.stride, tokens=wanted.tokens)
@@ -108,6 +143,7 @@ class Evaluation:
         def key(stage: StageToMeasure) -> str:
             return digest_of(
                 {
+                    "version": QUALITY_VERSION,
                     "quality": [s.artifact.digest for s in (stage, baseline)],
                     "runners": [runner_version(s.artifact.format) for s in (stage, baseline)],
                     "text": text_digest,
@@ -117,11 +153,11 @@ class Evaluation:
                 }
             )
 
-        found = {s.name: self.store.measurement(key(s)) for s in stages}
-        known = {name: StageQuality.model_validate(value) for name, value in found.items() if value}
+        found = {s.name: _remembered(StageQuality, self.store, key(s)) for s in stages}
+        known = {name: quality for name, quality in found.items() if quality is not None}
         unknown = [s for s in stages if s.name not in known]
         if known_only or not unknown:
-            return QualityMeasurement(stages=known, notes=notes)
+            return _Quality(stages=known, notes=notes)
         scored = unknown if baseline in unknown else [baseline, *unknown]
         try:
             measured = measure_quality(
@@ -133,12 +169,13 @@ class Evaluation:
                 on_progress=lambda fraction, message: self.events.measuring(f"quality, {message}"),
             )
         except PipelineError as error:  # a text or a tokenizer that does not do: speed can still be measured
-            note = f"quality was not measured: {error}"
-            return QualityMeasurement(stages=known, notes=(*notes, note))
+            return _Quality(stages=known, notes=notes, problem=f"quality was not measured: {error}")
         for stage in scored:
             if stage.name in measured.stages:
                 self.store.put_measurement(key(stage), measured.stages[stage.name].model_dump(mode="json"))
-        return measured.model_copy(update={"stages": {**known, **measured.stages}, "notes": (*notes, *measured.notes)})
+        return _Quality(
+            stages={**known, **measured.stages}, failures=measured.failures, notes=(*notes, *measured.notes)
+        )
 
     def _speed(self, stages: list[StageToMeasure]) -> SpeedMeasurement:
         self._probe()
@@ -159,10 +196,23 @@ class Evaluation:
 
     def _probe(self) -> None:
         """Measure this machine, once: what it can do belongs beside what was measured on it."""
-        if cached_probe(self.plan.host, default_folder()) is not None:
+        folder = probe_folder(self.store.root)
+        if cached_probe(self.plan.host, folder) is not None:
             return
         self.events.measuring("this machine, once")
         try:
-            probe(self.plan.host, default_folder())
+            probe(self.plan.host, folder)
         except PipelineError as error:
             self.events.note(f"this machine could not be measured: {error}")
+
+
+Remembered = TypeVar("Remembered", bound=BaseModel)
+
+
+def _remembered(model: type[Remembered], store: Store, key: str) -> Remembered | None:
+    """The result under `key`; None where there is none, or one that another version wrote."""
+    found = store.measurement(key)
+    try:
+        return None if found is None else model.model_validate(found)
+    except ValidationError:
+        return None

@@ -90,7 +90,7 @@ def referenced_tensor(name: str, path: Path, ref: TensorRef, entry: FileEntry) -
 def onnx_component(model: ir.Model, output: OutputWriter) -> Component:
     """Write the graph and the initializers that are new, and return the component. `model` is used up.
 
-    Raises: PipelineError where an initializer has no value, or two graphs of the model have one of the same name.
+    Weights of subgraphs stay inside the graph. Raises: PipelineError where an initializer has no value.
     """
     import onnx_ir as ir
 
@@ -102,13 +102,15 @@ def onnx_component(model: ir.Model, output: OutputWriter) -> Component:
             tensor = value.const_value
             if tensor is None:
                 raise PipelineError(f"initializer {name!r} has no value")
+            if graph is not model.graph:  # no runtime takes the weights of a subgraph from outside
+                if isinstance(tensor, StoredTensor):
+                    value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+                continue
             if not isinstance(tensor, StoredTensor):
                 packed = tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8  # numpy's bytes are not ONNX's
                 if packed or tensor.nbytes <= INLINE_BYTES:
                     continue
                 tensor = new_tensor(output, name, tensor.numpy())
-            if name in holders:
-                raise PipelineError(f"two graphs of the model have an initializer {name!r}")
             assert isinstance(tensor, StoredTensor)
             holders[name] = value, tensor
     pack = output.close_pack()

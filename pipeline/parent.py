@@ -8,6 +8,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+PARENT = "PIPELINE_PARENT"
+"""Environment variable with the number of the process that started a worker."""
 
 
 def die_with_parent() -> None:
@@ -17,9 +19,8 @@ def die_with_parent() -> None:
     """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != int(os.environ.get(PARENT, os.getppid())):  # it died before this process came so far
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -27,6 +28,7 @@ def worker_environment(threads: int) -> dict[str, str]:
     """The environment of a worker: this process's, with the number of threads set and the network left alone."""
     return {
         **os.environ,
+        PARENT: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),

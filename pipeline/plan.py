@@ -1,15 +1,15 @@
-"""A recipe resolved against a host: what would run, what is cached, what cannot run and why. Nothing is written."""
+"""A recipe resolved against a host: what would run, what is cached, what cannot run and why. No stage runs."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from pipeline.artifact import SCHEMA_VERSION, Frozen, canonical_json
 from pipeline.errors import HostError, PipelineError, RecipeError, did_you_mean
@@ -75,6 +75,8 @@ def select_stages(recipe: Recipe, *, until: str | None = None, only: str | None 
 
     Raises: RecipeError where there is no such stage.
     """
+    if until is not None and only is not None:
+        raise RecipeError("--until and --only exclude each other")
     for given in filter(None, (until, only)):
         if given not in recipe.stage_names:
             raise RecipeError(
@@ -336,23 +338,51 @@ def _library_version(name: str) -> str:
 
 
 def _absolute_paths(params: PassParams, recipe: Recipe, where: tuple[str | int, ...]) -> PassParams:
-    """Paths in parameters start from the recipe's folder and have to exist."""
-    changed = {}
-    for name, value in params:
+    """Paths in parameters, however deep, start from the recipe's folder and have to exist."""
+
+    def settle(name: str, value: Any) -> Any:
         if isinstance(value, Path):
             path = (recipe.folder / value.expanduser()).resolve()
             if not path.exists():
                 raise RecipeError(f"{name}: {path} does not exist", location=recipe.location(*where, name))
-            changed[name] = path
-    return params.model_copy(update=changed)
+            return path
+        return _map_inside(value, lambda inner: settle(name, inner))
+
+    return params.model_copy(update={name: settle(name, value) for name, value in params})
 
 
 def _canonical_params(params: PassParams, store: Store) -> dict[str, Any]:
     """Parameters as they enter the key: a file or folder by its contents, not by its name."""
-    values = params.model_dump(mode="json")
-    for name, value in params:
+
+    def by_contents(value: Any) -> Any:
         if isinstance(value, Path):
             files = [value] if value.is_file() else sorted(p for p in value.rglob("*") if p.is_file())
             root = value.parent if value.is_file() else value
-            values[name] = {str(p.relative_to(root)): store.digest_file(p) for p in files}
-    return values
+            return {"contents": [[str(p.relative_to(root)), store.digest_file(p)] for p in files]}
+        return _map_inside(value, by_contents)
+
+    holding = {name: by_contents(value) for name, value in params if _holds_path(value)}
+    return {**params.model_dump(mode="json"), **holding}
+
+
+def _map_inside(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with `change` applied to what it holds, if it holds anything."""
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={name: change(inner) for name, inner in value})
+    if isinstance(value, dict):
+        return {key: change(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value)(change(inner) for inner in value)
+    return value
+
+
+def _holds_path(value: Any) -> bool:
+    found = isinstance(value, Path)
+
+    def look(inner: Any) -> Any:
+        nonlocal found
+        found = found or _holds_path(inner)
+        return inner
+
+    _map_inside(value, look)
+    return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import logging
 import sys
 from abc import ABC, abstractmethod
@@ -176,6 +175,13 @@ class Registry:
             ) from error
         if not (isinstance(found, type) and issubclass(found, Pass)):
             raise PipelineError(f"{info.entry_point.value} of {info.origin} is not a subclass of pipeline.Pass")
+        if missing := [field for field in ("name", "accepts", "produces") if not hasattr(found, field)]:
+            raise PipelineError(f"the pass {name!r} of {info.origin} does not say its {' and '.join(missing)}")
+        if found.name != name:  # the name enters keys and finds the pass again in the worker
+            raise PipelineError(
+                f"{info.origin} registers {info.entry_point.value} as {name!r}; the pass calls itself {found.name!r}",
+                hint="the entry point's name and the pass's have to be the same",
+            )
         if clash := RESERVED & set(found.Params.model_fields):
             raise PipelineError(f"the pass {name!r} has parameters with reserved names: {', '.join(sorted(clash))}")
         return found
@@ -205,16 +211,20 @@ def code_digest(cls: type) -> str:
 
 
 def _source_of(module: str) -> Path | None:
-    loaded = sys.modules.get(module)
-    origin = getattr(loaded, "__file__", None)
-    if origin is None:
-        try:
-            spec = importlib.util.find_spec(module)
-        except (ImportError, ValueError):  # a name such as `package.Class`
-            return None
-        origin = spec.origin if spec else None
-    path = Path(origin) if origin else None
-    return path if path is not None and path.suffix == ".py" and path.is_file() else None
+    """The file of a module, found below its top-level package's folder: looking for it otherwise would import it."""
+    loaded = getattr(sys.modules.get(module), "__file__", None)
+    if loaded is not None:
+        return Path(loaded) if loaded.endswith(".py") else None
+    top, *rest = module.split(".")
+    package = sys.modules.get(top)
+    if package is None or not rest:
+        return None
+    for folder in getattr(package, "__path__", ()):
+        base = Path(folder).joinpath(*rest)
+        for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    return None
 
 
 def _imports_within(source: bytes, module: str, package: str, *, is_package: bool) -> list[str]:

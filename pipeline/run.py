@@ -19,6 +19,7 @@ from pipeline.evaluate import Evaluation, Measured
 from pipeline.events import Events
 from pipeline.execute import StageResult, execute
 from pipeline.hardware import HardwareProfile, Host, describe_host, load_profile
+from pipeline.hardware.probe import probe_folder
 from pipeline.models import Source, evaluation_text, find_source
 from pipeline.plan import Plan, make_plan, select_stages
 from pipeline.plugin import Registry
@@ -112,6 +113,7 @@ def run(
             results=results,
             artifacts=artifacts,
             measured=measured,
+            store=store.root,
             run_id=folder.id,
             wall_s=time.monotonic() - began,
         )
@@ -120,7 +122,7 @@ def run(
         if export is not None:
             try:
                 materialize(artifacts[export], folder.path / "model")
-            except HostError as error:  # the disk is full; what was measured is worth keeping
+            except (HostError, OSError) as error:  # the disk is full; what was measured is worth keeping
                 notes, code, export = (*notes, f"no model was exported: {error}"), HostError.exit_code, None
         changes = {"export": export, "notes": notes, "wall_s": time.monotonic() - began}
         report = report.model_copy(update=changes)
@@ -161,16 +163,18 @@ def _plan(
         source=source,
         store=store,
         registry=Registry(),
-        profile=_profile(recipe, host),
+        profile=_profile(recipe, host, store),
         host=host,
         stages=select_stages(recipe, until=until, only=only),
         force=force,
     )
 
 
-def _profile(recipe: Recipe, host: Host) -> HardwareProfile:
+def _profile(recipe: Recipe, host: Host, store: Store) -> HardwareProfile:
     try:
-        return load_profile(recipe.hardware, host=host, relative_to=recipe.folder)
+        return load_profile(
+            recipe.hardware, host=host, relative_to=recipe.folder, probe_folder=probe_folder(store.root)
+        )
     except RecipeError as error:
         raise RecipeError(error.message, hint=error.hint, location=recipe.location("hardware")) from None
 
@@ -226,7 +230,7 @@ def _is_broken(report: Report, name: str) -> bool:
 
 def _write(folder: Path, recipe: Recipe, plan: Plan, measured: Measured, report: Report) -> None:
     """Everything that belongs to a run, the report last: a folder with a report is complete."""
-    (folder / "recipe.yaml").write_text(_resolved(recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(_resolved(recipe, plan), encoding="utf-8")
     facets = {"stages": {"__all__": {"facets"}}}
     (folder / "plan.json").write_text(plan.model_dump_json(indent=1, exclude=facets), encoding="utf-8")
     if measured.speed is not None:
@@ -234,12 +238,24 @@ def _write(folder: Path, recipe: Recipe, plan: Plan, measured: Measured, report:
     (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
 
 
-def _resolved(recipe: Recipe) -> str:
-    """The recipe as it was run, overrides applied, as a recipe again."""
+def _resolved(recipe: Recipe, plan: Plan) -> str:
+    """The recipe as it was run, overrides applied and paths absolute, as a recipe that runs from anywhere."""
     data = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     data = {"version": recipe.version, "name": recipe.name, **data}
+
+    def absolute(path: str) -> str:
+        return str((recipe.folder / Path(path).expanduser()).resolve())
+
     if recipe.model.path is not None:
-        data["model"]["path"] = str((recipe.folder / Path(recipe.model.path).expanduser()).resolve())
+        data["model"]["path"] = absolute(recipe.model.path)
+    if recipe.hardware.endswith((".yaml", ".yml")):
+        data["hardware"] = absolute(recipe.hardware)
+    if recipe.evaluate.quality.text != "builtin":
+        data["evaluate"]["quality"]["text"] = absolute(recipe.evaluate.quality.text)
+    planned = {stage.name: stage.params for stage in plan.stages}
+    for stage in recipe.stages:
+        settled = planned.get(stage.name, {})  # paths among them are absolute already
+        data["passes"][stage.index] |= {key: settled[key] for key in stage.params if key in settled}
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
@@ -251,6 +267,7 @@ class _RunFolder:
         self._home = runs / name
         self.path = self._home / f".{self.id}"
         self.finished = self._home / self.id
+        self._made = [folder for folder in (self._home, runs) if not folder.exists()]
 
     def __enter__(self) -> _RunFolder:
         self.path.mkdir(parents=True)
@@ -259,9 +276,9 @@ class _RunFolder:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
             shutil.rmtree(self.path, ignore_errors=True)
-            with suppress(OSError):  # not empty: earlier runs are in it
-                self._home.rmdir()
-                self._home.parent.rmdir()
+            with suppress(OSError):  # not empty: another run is in it by now
+                for folder in self._made:
+                    folder.rmdir()
             return
         self.path.rename(self.finished)
         link = self._home / f".latest.{self.id}"

@@ -186,6 +186,58 @@ class Reads(Base):
         return type(artifact)(manifest.model_copy(update={"execution": execution}), artifact.blobs)
 
 
+class ReadsMany(Base):
+    """Read files that a parameter lists."""
+
+    name = "reads_many"
+
+    class Params(PassParams):
+        files: list[Path]
+
+    def run(self, artifact, params, context):
+        manifest = artifact.manifest
+        execution = {**manifest.execution, "read": [f.read_text() for f in params.files]}
+        return type(artifact)(manifest.model_copy(update={"execution": execution}), artifact.blobs)
+
+
+class Phantom(Base):
+    """Name a blob that was never written."""
+
+    name = "phantom"
+
+    def run(self, artifact, params, context):
+        from pipeline import FileEntry
+
+        files = {**artifact.manifest.files, "ghost": FileEntry(digest="0" * 64, size_bytes=3)}
+        return type(artifact)(artifact.manifest.model_copy(update={"files": files}), artifact.blobs)
+
+
+class Orphan(Base):
+    """Die and leave a child that holds the pipe open."""
+
+    name = "orphan"
+
+    def run(self, artifact, params, context):
+        if os.fork() == 0:
+            signal.pause()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BadOnnx(Base):
+    """Yield an ONNX artifact whose graph is garbage."""
+
+    name = "bad_onnx"
+    produces = "onnx"
+
+    def run(self, artifact, params, context):
+        from pipeline import Component
+
+        entry = context.output.file("model.onnx", b"no protobuf")
+        part = Component(format="onnx", files={"model.onnx": entry})
+        update = {"format": "onnx", "components": {"model": part}}
+        return type(artifact)(artifact.manifest.model_copy(update=update), artifact.blobs)
+
+
 class Combine(Base):
     """Read a further stage."""
 
@@ -212,6 +264,10 @@ CLASSES = {
     "onnx_only": "OnnxOnly",
     "needs_gpu": "NeedsGpu",
     "reads": "Reads",
+    "reads_many": "ReadsMany",
+    "phantom": "Phantom",
+    "orphan": "Orphan",
+    "bad_onnx": "BadOnnx",
     "combine": "Combine",
 }
 

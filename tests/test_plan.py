@@ -97,6 +97,16 @@ def test_a_file_that_a_parameter_names_counts_by_its_contents(checkpoint: Path, 
     assert found[0] == found[2] != found[1]
 
 
+def test_files_in_a_list_count_by_their_contents_too(checkpoint: Path, store: Store, tmp_path: Path) -> None:
+    text = CHAIN.replace("pass: write", f"pass: reads_many\n    files: [{tmp_path / 'f'}]")
+    found = []
+    for tick, contents in enumerate(("1", "2", "1")):
+        (tmp_path / "f").write_text(contents)
+        os.utime(tmp_path / "f", ns=(tick, tick))
+        found.append(keys(plan(text, checkpoint, store))["reads_many"])
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_file_that_is_not_there_is_placed(checkpoint: Path, store: Store) -> None:
     text = CHAIN.replace("pass: write", "pass: reads\n    file: nowhere")
     with pytest.raises(RecipeError, match=r"r.yaml:10:5: file: .*nowhere does not exist"):
@@ -170,6 +180,11 @@ def test_until_takes_the_stages_listed_up_to_it() -> None:
 
 def test_only_takes_a_stage_and_what_it_is_made_from() -> None:
     assert chosen(only="branch") == ["mark", "branch"]
+
+
+def test_until_and_only_exclude_each_other() -> None:
+    with pytest.raises(RecipeError, match="exclude each other"):
+        chosen(only="branch", until="write")
 
 
 def test_a_stage_that_is_not_there_cannot_be_chosen() -> None:

@@ -57,6 +57,7 @@ def test_a_parameter_with_a_reserved_name_is_refused(
         from pipeline import Pass, PassParams
         class P(Pass):
             accepts, produces = {"onnx"}, "onnx"
+            name = "p"
             class Params(PassParams):
                 after: str = ""
             def run(self, artifact, params, context): ...
@@ -92,3 +93,33 @@ def test_the_code_digest_follows_the_imports_within_the_package(
     (package / "deeper.py").write_text("X = 2\n")
     assert code_digest(cls) != before
     assert "coded.deeper" not in sys.modules
+
+
+def test_a_pass_that_calls_itself_otherwise_than_its_entry_point_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Callable[..., None]
+) -> None:
+    source = """
+        from pipeline import Pass
+        class P(Pass):
+            name, accepts, produces = "mark", {"torch"}, "torch"
+            def run(self, artifact, params, context): ...
+    """
+    install(tmp_path, "misnamed_plugin", source, {"other": "misnamed_plugin:P"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PipelineError, match="as 'other'; the pass calls itself 'mark'"):
+        Registry().load("other")
+
+
+def test_a_pass_that_does_not_say_its_formats_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Callable[..., None]
+) -> None:
+    source = """
+        from pipeline import Pass
+        class P(Pass):
+            name = "formless"
+            def run(self, artifact, params, context): ...
+    """
+    install(tmp_path, "formless_plugin", source, {"formless": "formless_plugin:P"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PipelineError, match="does not say its accepts and produces"):
+        Registry().load("formless")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
@@ -59,14 +60,14 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:  # a folder that cannot be written, a full disk
-        if error.filename is None:
-            raise
-        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {where}{error.strerror or error}", err=True)
         sys.exit(4)
     except Exception as error:
         show = getattr(error, "show", None)  # what typer raises for a wrong command line
-        if show is None:
-            raise
+        if show is None:  # not a user's mistake but ours: show all of it
+            traceback.print_exc()
+            sys.exit(3)
         show()
         sys.exit(2)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code itself where it can

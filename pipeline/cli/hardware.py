@@ -22,9 +22,11 @@ def list_verb(context: typer.Context, json: JsonOption = False) -> None:
 
     from pipeline.cli.output import console, print_json
     from pipeline.hardware import describe_host, load_profile, profile_names
+    from pipeline.hardware.probe import probe_folder
+    from pipeline.store import default_store_path
 
-    host = describe_host()
-    profiles = [load_profile(name, host=host) for name in [*profile_names(), "local"]]
+    host, probed = describe_host(), probe_folder(default_store_path())
+    profiles = [load_profile(name, host=host, probe_folder=probed) for name in [*profile_names(), "local"]]
     if json:
         print_json([p.model_dump(mode="json") for p in profiles])
         return
@@ -53,12 +55,13 @@ def show_verb(
 
     from pipeline.cli.output import console, print_json
     from pipeline.hardware import describe_host, load_profile, local_profile
-    from pipeline.hardware.probe import default_folder
     from pipeline.hardware.probe import probe as measure
+    from pipeline.hardware.probe import probe_folder
+    from pipeline.store import default_store_path
 
     host = describe_host()
     if name == "local":
-        profile = local_profile(host, measure(host, default_folder(), again=probe))
+        profile = local_profile(host, measure(host, probe_folder(default_store_path()), again=probe))
     else:
         profile = load_profile(name, host=host)
     if json:

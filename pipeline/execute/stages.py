@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +19,7 @@ from typing import IO, Literal
 from pydantic import ValidationError
 
 from pipeline.artifact import Frozen, Lineage, Manifest
+from pipeline.errors import StageError
 from pipeline.execute.request import REQUEST, RESULT, Answer, Request
 from pipeline.measure.memory import MemorySampler
 from pipeline.models import Source, source_artifact
@@ -74,7 +76,10 @@ def execute(
             if stage.name == SOURCE:
                 results[stage.name] = _source(plan, stage, source, store)
             else:
-                results[stage.name] = _stage(plan, stage, results, store, on_progress)
+                try:
+                    results[stage.name] = _stage(plan, stage, results, store, on_progress)
+                except StageError as error:
+                    results[stage.name] = StageResult(name=stage.name, status="failed", reason=str(error))
         on_end(results[stage.name])
     return results
 
@@ -119,7 +124,10 @@ def _stage(
                     reason = failure.message + (f" ({failure.hint})" if failure.hint else "")
                 return StageResult(name=stage.name, status="failed", reason=reason, cost=cost, log=str(log))
             manifest = _with_lineage(answer.manifest, stage, (parent, *inputs.values()))
-            artifact = store.publish(staging, manifest)
+            try:
+                artifact = store.publish(staging, manifest)
+            except StageError as error:
+                return StageResult(name=stage.name, status="failed", reason=str(error), cost=cost, log=str(log))
         _index(plan, stage, artifact.digest, inputs=contents, cost=cost, store=store)
     return StageResult(name=stage.name, status="ran", artifact=artifact.digest, cost=cost, log=str(log))
 
@@ -160,11 +168,12 @@ def _work(
         )
         try:
             with MemorySampler(process.pid) as memory:
-                assert process.stdout is not None
-                _follow(process.stdout, stage.name, on_progress)
-                code = process.wait()
+                reader = threading.Thread(target=_follow, args=(process.stdout, stage.name, on_progress), daemon=True)
+                reader.start()
+                code = process.wait()  # not the end of its output: a process that it started may hold that open
         finally:
             _end(process)
+        reader.join()
     cost = Cost(
         wall_s=time.monotonic() - began,
         peak_memory_bytes=memory.peak_memory_bytes,
@@ -177,20 +186,19 @@ def _work(
 
 
 def _follow(stdout: IO[bytes], stage: str, on_progress: Progress) -> None:
-    for line in stdout:
-        try:
-            said = json.loads(line)
-            on_progress(stage, float(said["fraction"]), str(said["message"]))
-        except (ValueError, KeyError, TypeError):  # a pass wrote to the descriptor itself; its text is no progress
-            continue
+    with stdout:
+        for line in stdout:
+            try:
+                said = json.loads(line)
+                on_progress(stage, float(said["fraction"]), str(said["message"]))
+            except (ValueError, KeyError, TypeError):  # a pass wrote to the descriptor itself; its text is no progress
+                continue
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Leave no process of the worker's group behind."""
     with suppress(ProcessLookupError):  # it has ended, and so have its children
         os.killpg(process.pid, signal.SIGKILL)
-    if process.stdout is not None:
-        process.stdout.close()
     process.wait()
 
 
@@ -240,7 +248,7 @@ def _index(
 def _manifest(store: Store, digest: str) -> Manifest:
     artifact = store.artifact(digest)
     if artifact is None:
-        raise FileNotFoundError(f"the artifact {digest[:12]} left the store while the plan ran")
+        raise StageError(f"the artifact {digest[:12]} left the store, or a file of it changed, while the plan ran")
     return artifact.manifest
 
 

@@ -105,13 +105,9 @@ class ProbeResult(BaseModel):
 # --- run once and keep -----------------------------------------------------------------------------------------------
 
 
-def default_folder() -> Path:
-    """Where results are kept: `probe` in $PIPELINE_STORE, else in the user's cache folder (XDG)."""
-    store = os.environ.get("PIPELINE_STORE")
-    if store:
-        return Path(store).expanduser() / "probe"
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "pipeline" / "probe"
+def probe_folder(store: Path) -> Path:
+    """Where the results for this machine are kept in a store."""
+    return store / "probe"
 
 
 def cached_probe(host: Host, folder: Path) -> ProbeResult | None:

@@ -73,14 +73,14 @@ def load_profile(
     """The profile `local`, or one from a .yaml/.yml file, or one that comes with pipeline, by its name.
 
     A relative path starts at `relative_to` (default: the current folder). `host` is what `local` describes (default:
-    this machine), with measured figures where the probe has left its result in `probe_folder` (default: the user's
-    store); nothing is measured here. Raises RecipeError for a name that is not known and a file that is not right.
+    this machine), with measured figures where the probe has left its result in `probe_folder`;
+    nothing is measured here. Raises RecipeError for a name that is not known and a file that is not right.
     """
     if name_or_path == LOCAL:
-        from pipeline.hardware.probe import cached_probe, default_folder
+        from pipeline.hardware.probe import cached_probe
 
         host = host or describe_host()
-        return local_profile(host, cached_probe(host, probe_folder or default_folder()))
+        return local_profile(host, cached_probe(host, probe_folder) if probe_folder else None)
     if name_or_path.endswith((".yaml", ".yml")):
         return _read_profile((relative_to or Path()) / Path(name_or_path).expanduser())
     shipped = _shipped()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-EFFECT_VERSION = 1
+EFFECT_VERSION = 2
 """Enters the key of cached effects: raised when the same two artifacts would compare otherwise."""
 
 EffectKind = Literal["none", "graph", "weights", "execution", "conversion"]
@@ -104,7 +104,8 @@ def graph_fingerprint(model: ir.Model, *, contents: bool = True, known: Collecti
     """
     hashed = _GraphHash(contents=contents, known=known)
     functions = sorted((*map(str, key), hashed.graph(function.graph, {})) for key, function in model.functions.items())
-    return _hash(hashed.graph(model.graph, {}), functions).hex()
+    opsets = sorted((str(domain), version) for domain, version in model.opset_imports.items())
+    return _hash(hashed.graph(model.graph, {}), functions, opsets).hex()
 
 
 class _GraphHash:
@@ -116,7 +117,9 @@ class _GraphHash:
         """Hash of a graph; `outer` are the hashes of the values that a subgraph can see."""
         values = dict(outer)
         for place, value in enumerate(graph.inputs):
-            values[value] = _hash("input", place, str(value.dtype))
+            shape = value.shape
+            sizes = None if shape is None else [size if isinstance(size, int) else "any" for size in shape]
+            values[value] = _hash("input", place, str(value.dtype), sizes)
         for value in graph.initializers.values():
             if value not in values:
                 values[value] = self._initializer(value)

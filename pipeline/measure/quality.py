@@ -40,6 +40,10 @@ LEAST_BLOCKS = 8
 """Stretches of text that the interval resamples."""
 
 
+QUALITY_VERSION = 1
+"""Enters the key of cached results: raised when the same predictions would be scored or judged otherwise."""
+
+
 class QualityWorkload(Frozen):
     """How much of the text is scored, and how."""
 

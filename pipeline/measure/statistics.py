@@ -127,7 +127,8 @@ def speed_figures(
         if found is None:
             return None
         ratio, low, high = map(math.exp, found)
-        says = verdict(low, high, margin=margin, floor=floors.get(point, (1.0, 1.0)))
+        # where the noise is not known, nothing is claimed
+        says = verdict(low, high, margin=margin, floor=floors[point]) if point in floors else "inconclusive"
         return SpeedRatio(ratio=ratio, low=low, high=high, verdict=says)
 
     stages = {}

@@ -9,7 +9,9 @@ import json
 from math import prod
 from pathlib import Path
 
-from pipeline.artifact import TensorRef, numpy_dtype
+from pydantic import NonNegativeInt, ValidationError
+
+from pipeline.artifact import Frozen, TensorRef, numpy_dtype
 from pipeline.errors import PipelineError
 
 DTYPES = {
@@ -43,20 +45,34 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             header = json.loads(file.read(length))
         except ValueError:
             raise PipelineError(f"{path} is not a safetensors file: its header is not JSON") from None
-    begin = 8 + length
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise PipelineError(f"{path}: tensor {name!r} has data type {entry['dtype']}, which is not supported")
-        dtype = DTYPES[entry["dtype"]]
-        if prod(entry["shape"]) * numpy_dtype(dtype).itemsize != end - start:
-            raise PipelineError(f"{path}: tensor {name!r} has shape {entry['shape']} and {end - start} bytes")
-        if begin + end > size:
-            raise PipelineError(f"{path} is cut off: tensor {name!r} ends at {begin + end:,} of {size:,} bytes")
-        tensors[name] = TensorRef(
-            file=path.name, offset=begin + start, length=end - start, dtype=dtype, shape=tuple(entry["shape"])
-        )
-    return tensors
+    if not isinstance(header, dict):
+        raise PipelineError(f"{path} is not a safetensors file: its header is not a JSON object")
+    return {
+        name: _tensor(path, name, entry, begin=8 + length, size=size)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _tensor(path: Path, name: str, entry: object, *, begin: int, size: int) -> TensorRef:
+    try:
+        checked = _Entry.model_validate(entry)
+    except ValidationError:
+        raise PipelineError(f"{path}: the header's entry for tensor {name!r} is damaged") from None
+    start, end = checked.data_offsets
+    if checked.dtype not in DTYPES:
+        raise PipelineError(f"{path}: tensor {name!r} has data type {checked.dtype}, which is not supported")
+    dtype = DTYPES[checked.dtype]
+    if prod(checked.shape) * numpy_dtype(dtype).itemsize != end - start:
+        raise PipelineError(f"{path}: tensor {name!r} has shape {list(checked.shape)} and {end - start} bytes")
+    if begin + end > size:
+        raise PipelineError(f"{path} is cut off: tensor {name!r} ends at {begin + end:,} of {size:,} bytes")
+    return TensorRef(file=path.name, offset=begin + start, length=end - start, dtype=dtype, shape=checked.shape)
+
+
+class _Entry(Frozen):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]

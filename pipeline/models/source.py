@@ -196,8 +196,11 @@ def _hub_snapshot(name: str, revision: str | None, *, download: bool) -> Path:
     patterns = [*COMPANIONS, "*.safetensors", INDEX]
     try:
         try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
-        except LocalEntryNotFoundError:
+            found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+            _read_config(found)
+            _weight_files(found)
+            return found
+        except (LocalEntryNotFoundError, RecipeError):  # not there, or a download that was interrupted
             if not download:
                 raise
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Location, RecipeError, did_you_mean
 from pipeline.recipe.positions import Positions, parse
-from pipeline.recipe.schema import MODEL_SOURCES, SOURCE, Gate, Recipe, RecipeModel, Stage, parse_gate
+from pipeline.recipe.schema import MODEL_SOURCES, NAME, SOURCE, Gate, Recipe, RecipeModel, Stage, parse_gate
 from pipeline.recipe.validation import validate
-from pipeline.report.gates import METRICS
+from pipeline.report.gates import METRICS, SELECTORS
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -133,6 +134,12 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
         name = entry.name or entry.pass_
         where = ("passes", i, "name" if entry.name else "pass")
         known = [SOURCE, *(s.name for s in stages)]
+        if re.match(NAME, name) is None:
+            raise RecipeError(
+                f"{name!r} cannot name a stage",
+                location=positions.find(where),
+                hint="give the entry a `name:` of a-z, 0-9 and _",
+            )
         if name == SOURCE:
             raise RecipeError("the name 'source' is reserved for the untouched model", location=positions.find(where))
         if name in known:
@@ -190,5 +197,13 @@ def _gates(recipe: RecipeModel, stages: list[Stage], positions: Positions) -> li
                 location=where,
                 hint=did_you_mean(gate.metric, METRICS, noun="metrics"),
             )
+        for key, value in gate.selector.items():
+            if not METRICS[gate.metric].by_point:
+                raise RecipeError(f"gate {text!r}: {gate.metric} has no workload points to select", location=where)
+            if key not in SELECTORS:
+                hint = did_you_mean(key, SELECTORS, noun="selectors")
+                raise RecipeError(f"gate {text!r}: there is no selector {key!r}", location=where, hint=hint)
+            if not value.isdigit():
+                raise RecipeError(f"gate {text!r}: {key} should be a number of tokens or sequences", location=where)
         gates.append(gate)
     return gates

@@ -13,6 +13,9 @@ import yaml
 from pipeline.errors import Location, RecipeError
 
 Path = tuple[str | int, ...]
+PLAIN = {"map", "seq", "str", "int", "float", "bool", "null"}
+"""Types of JSON, by their YAML tags."""
+
 LARGEST = 100_000  # values; aliases of aliases could stand for billions
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -92,7 +95,7 @@ class _Reader:
         self._count += 1
         if self._count > LARGEST or len(path) > 50:
             raise RecipeError("the file holds too many values, or itself", location=here)
-        if not node.tag.startswith("tag:yaml.org,2002:") or ":python/" in node.tag:
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in PLAIN:
             raise RecipeError(f"the tag {node.tag} would build an object; only plain YAML is read", location=here)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
@@ -100,14 +103,17 @@ class _Reader:
             return [self.read(item, (*path, i)) for i, item in enumerate(node.value)]
         try:
             return self._loader.construct_object(node)
-        except ValueError as error:
-            raise RecipeError(f"{node.value!r} is not what it looks like: {error}", location=here) from None
+        except (ValueError, KeyError) as error:
+            raise RecipeError(f"{node.value!r} is not what its tag says: {error}", location=here) from None
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         own = {key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"}
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, value in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
+                if not isinstance(value, yaml.MappingNode):  # lists of merges of lists would grow without bound
+                    where = _location(key, self._positions.file)
+                    raise RecipeError("`<<` takes one mapping", location=where)
                 continue
             if not isinstance(key, yaml.ScalarNode) or not isinstance(self._loader.construct_object(key), str):
                 where = _location(key, self._positions.file)

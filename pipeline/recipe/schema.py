@@ -94,8 +94,8 @@ class Quality(Part):
 
     @model_validator(mode="after")
     def _stride_within_window(self) -> Quality:
-        if self.stride > self.window:
-            raise ValueError(f"stride ({self.stride}) is larger than window ({self.window}): tokens would be skipped")
+        if self.stride >= self.window:
+            raise ValueError(f"stride ({self.stride}) has to be smaller than window ({self.window}): windows overlap")
         return self
 
 

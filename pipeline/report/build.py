@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.evaluate import Measured
 from pipeline.execute import StageResult
+from pipeline.hardware.probe import cached_probe, probe_folder
 from pipeline.measure.effect import Effect as FoundEffect
 from pipeline.measure.quality import StageQuality
 from pipeline.measure.samples import SpeedMeasurement
@@ -55,6 +57,7 @@ def build_report(
     results: Mapping[str, StageResult],
     artifacts: Mapping[str, Artifact],
     measured: Measured,
+    store: Path,
     run_id: str,
     wall_s: float,
 ) -> Report:
@@ -92,7 +95,7 @@ def build_report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_s=wall_s,
         lock=_lock(recipe, artifacts, measured.text_digest),
-        host=_host(plan),
+        host=_host(plan, store),
         hardware=plan.hardware.model_dump(mode="json"),
         threads=plan.threads,
         notes=(*plan.notes, *measured.notes),
@@ -191,11 +194,9 @@ def _quality(quality: StageQuality) -> QualityFacts:
     )
 
 
-def _host(plan: Plan) -> dict[str, Any]:
+def _host(plan: Plan, store: Path) -> dict[str, Any]:
     """The host as it was described, with the probe's figures where there are any."""
-    from pipeline.hardware.probe import cached_probe, default_folder
-
-    probed = cached_probe(plan.host, default_folder())
+    probed = cached_probe(plan.host, probe_folder(store))
     described = plan.host.model_dump(mode="json")
     return {**described, "probe": probed.model_dump(mode="json", exclude={"host"}) if probed else None}
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
-from pipeline.report.schema import GateResult, Report, Speed, StageReport
+from pipeline.report.schema import GateResult, QualityFacts, Report, Speed, StageReport
 
 
 class Bounds(NamedTuple):
@@ -23,6 +23,11 @@ class Bounds(NamedTuple):
 class Metric(NamedTuple):
     description: str
     read: Callable[[StageReport, dict[str, str]], list[Bounds]]
+    by_point: bool = False
+    """Whether it has a value for every workload point, which a selector may narrow."""
+
+
+SELECTORS = ("batch", "prompt", "new_tokens")
 
 
 def _points(stage: StageReport, kind: str, selector: dict[str, str]) -> Iterable[Speed]:
@@ -66,17 +71,31 @@ def _perplexity_ratio(stage: StageReport, selector: dict[str, str]) -> list[Boun
 
 
 def _paired(field: str) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
-    return _one(lambda s: getattr(s.quality.vs_baseline, field) if s.quality and s.quality.vs_baseline else None)
+    return _scored(lambda quality: getattr(quality.vs_baseline, field), needs_pair=True)
+
+
+def _scored(
+    read: Callable[[QualityFacts], float | None], *, needs_pair: bool = False
+) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
+    """A figure of a scored stage. Null there means not finite, which no bound may let pass."""
+
+    def bounds(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+        if stage.quality is None or (needs_pair and stage.quality.vs_baseline is None):
+            return []
+        value = read(stage.quality)
+        return [Bounds(math.nan, math.nan) if value is None else Bounds(value, value)]
+
+    return bounds
 
 
 METRICS: dict[str, Metric] = {
-    "decode_speedup": Metric("tokens/s of decode over the baseline's", _speedup("decode")),
-    "prefill_speedup": Metric("tokens/s of prefill over the baseline's", _speedup("prefill")),
-    "decode_tokens_per_s": Metric("decoded tokens a second", _rate("decode", "tokens_per_s")),
-    "prefill_tokens_per_s": Metric("prompt tokens a second", _rate("prefill", "tokens_per_s")),
-    "decode_latency_s": Metric("seconds for one token", _rate("decode", "latency_s")),
-    "prefill_latency_s": Metric("seconds for one prompt", _rate("prefill", "latency_s")),
-    "perplexity": Metric("on the held-out text", _one(lambda s: s.quality.perplexity if s.quality else None)),
+    "decode_speedup": Metric("tokens/s of decode over the baseline's", _speedup("decode"), by_point=True),
+    "prefill_speedup": Metric("tokens/s of prefill over the baseline's", _speedup("prefill"), by_point=True),
+    "decode_tokens_per_s": Metric("decoded tokens a second", _rate("decode", "tokens_per_s"), by_point=True),
+    "prefill_tokens_per_s": Metric("prompt tokens a second", _rate("prefill", "tokens_per_s"), by_point=True),
+    "decode_latency_s": Metric("seconds for one token", _rate("decode", "latency_s"), by_point=True),
+    "prefill_latency_s": Metric("seconds for one prompt", _rate("prefill", "latency_s"), by_point=True),
+    "perplexity": Metric("on the held-out text", _scored(lambda q: q.perplexity)),
     "perplexity_ratio": Metric("perplexity over the baseline's, paired", _perplexity_ratio),
     "kl_divergence": Metric("KL(baseline || stage), nats per token", _paired("kl_divergence")),
     "top1_agreement": Metric("share of tokens with the same most likely next token", _paired("top1_agreement")),

@@ -60,10 +60,10 @@ def _speed(report: Report) -> RenderableType | None:
         return None
     tables: list[RenderableType] = []
     for kind, batch, prompt in points:
-        new = next((p.new_tokens for s in report.stages for p in s.speed or () if p.kind == kind), None)
+        here = [p for s in report.stages for p in s.speed or () if (p.kind, p.batch, p.prompt) == (kind, batch, prompt)]
+        new = here[0].new_tokens
         what = f"prefill of {prompt} tokens" if kind == "prefill" else f"decode of {new} tokens after {prompt}"
-        rounds = max(p.rounds for s in report.stages for p in s.speed or () if p.kind == kind)
-        launches = max(p.launches for s in report.stages for p in s.speed or () if p.kind == kind)
+        rounds, launches = max(p.rounds for p in here), max(p.launches for p in here)
         floor = next((f for f in report.noise_floor if (f.kind, f.batch, f.prompt) == (kind, batch, prompt)), None)
         noise = f"; {report.baseline} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}" if floor else ""
         title = f"{what}, batch {batch} ({rounds} rounds, {launches} launches{noise})"

@@ -72,6 +72,8 @@ def read_folder(folder: Path) -> Artifact:
         if entry.path is not None:
             raise PipelineError(f"{path} names a file outside its folder: {entry.path}")
         file = home / safe_name(entry_name)
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise PipelineError(f"{file} is a link to a place outside its folder")
         if not file.is_file() or file.stat().st_size != entry.size_bytes:
             raise PipelineError(f"{file} is missing or incomplete")
         return entry.model_copy(update={"path": str(file.resolve())})
@@ -93,6 +95,8 @@ def read_folder(folder: Path) -> Artifact:
 
 def _copy(artifact: Artifact, entry: FileEntry, home: Path, name: str) -> FileEntry:
     target = home / safe_name(name)
+    if target.exists() or target.name == MANIFEST:
+        raise PipelineError(f"two files of the artifact would be called {name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     copy_file(artifact.locate(entry), target)
     return entry.model_copy(update={"path": None, "mtime_ns": None})

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
 from pipeline.artifact import Artifact, FileEntry, Frozen, Manifest, blob_path
+from pipeline.errors import StageError
 from pipeline.files import DigestMemory, fsync_folder, write_atomically
 
 
@@ -115,21 +116,30 @@ class Store:
                     return None
                 if found != entry:
                     moved[entry.digest] = found
-            else:
-                try:
-                    if blob_path(self.blobs, entry.digest).stat().st_size != entry.size_bytes:
-                        return None
-                except OSError:
-                    return None
+            elif not self._is_whole(entry):
+                return None
         return Artifact(_relocate(manifest, moved) if moved else manifest, self.blobs)
+
+    def _is_whole(self, entry: FileEntry) -> bool:
+        """True where the entry's file is there with its size, and a referenced one with its contents."""
+        if entry.path:
+            return self._find_reference(entry) is not None
+        try:
+            return blob_path(self.blobs, entry.digest).stat().st_size == entry.size_bytes
+        except OSError:
+            return False
 
     def publish(self, staging: Path, manifest: Manifest) -> Artifact:
         """Move the blobs staged in `staging` into the store, then write the manifest.
 
         Nothing names a blob before it is complete and durable, so a kill at any point leaves no half artifact.
+
+        Raises: StageError where the manifest names a file that is nowhere, or that changed meanwhile.
         """
         staged = staging / "blobs"
         for source in sorted(staged.iterdir()) if staged.is_dir() else []:
+            if source.name.startswith("."):  # a stream that the pass left open
+                continue
             target = blob_path(self.blobs, source.name)
             if target.exists() and target.stat().st_size == source.stat().st_size:
                 source.unlink()
@@ -138,6 +148,10 @@ class Store:
             source.chmod(0o444)
             source.replace(target)
             fsync_folder(target.parent)
+        for name, entry in manifest.entries():
+            if not self._is_whole(entry):
+                place = entry.path or "the store"
+                raise StageError(f"the artifact names {name}, which is not in {place} as the artifact describes it")
         digest = manifest.digest()
         write_atomically(self._shard("artifacts", digest), manifest.model_dump_json(indent=1).encode())
         return Artifact(manifest, self.blobs)

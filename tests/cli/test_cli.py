@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -170,7 +171,8 @@ def test_a_gate_over_what_was_not_measured_is_not_evaluated(cli: Cli, recipe: Pa
 def test_a_model_that_no_runner_can_load_is_unmeasured_and_ends_with_3(cli: Cli, recipe: Path) -> None:
     code, out, _ = cli("run", recipe, "--set", "evaluate.budget_s=1")
     assert code == 3
-    assert "quality was not measured" in out or "unmeasured" in out
+    assert "unmeasured" in out
+    assert "quality was not measured" in out or "config.json describes" in out
     assert "Traceback" not in out
 
 
@@ -259,3 +261,67 @@ def test_a_store_that_cannot_be_written_ends_with_4(
     assert code == 4
     assert str(tmp_path / "file") in err
     assert "Traceback" not in err
+
+
+def test_the_runs_folder_of_a_user_survives_an_interrupted_run(
+    cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.run.execute", interrupt)
+    Path("mine").mkdir()
+    assert cli("run", recipe, "--no-measure", "--runs", "mine")[0] == 130
+    assert list(Path("mine").iterdir()) == []
+    assert cli("run", recipe, "--no-measure", "--runs", "new")[0] == 130
+    assert not Path("new").exists()
+
+
+def test_a_full_disk_ends_with_4(cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.run.execute", full)
+    code, _, err = cli("run", recipe, "--no-measure")
+    assert (code, err.splitlines()[-1]) == (4, "error: No space left on device")
+
+
+def test_a_full_disk_at_the_export_keeps_the_report(cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.run.materialize", full)
+    code, out, _ = cli("run", recipe, "--no-measure")
+    assert code == 4
+    assert "no model was exported" in out
+    assert json.loads(Path("runs/r/latest/report.json").read_text())["export"] is None
+
+
+def test_our_own_mistakes_show_a_traceback_and_end_with_3(
+    cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.run.execute", lambda *a, **k: 1 / 0)
+    code, _, err = cli("run", recipe, "--no-measure")
+    assert code == 3
+    assert "ZeroDivisionError" in err
+
+
+def test_an_artifact_that_cannot_be_read_fails_its_stage_and_no_other(cli: Cli, recipe: Path) -> None:
+    code, out, _ = cli("run", recipe, "--no-measure", "--set", "passes.mark={pass: bad_onnx}", "--json")
+    assert code == 3
+    stages = {s["name"]: s for s in json.loads(out)["stages"]}
+    assert stages["bad_onnx"]["status"] == "unmeasured"
+    assert "its artifact cannot be read" in stages["bad_onnx"]["reason"]
+    assert stages["write"]["effect"]["kind"] == "graph" or stages["write"]["status"] == "ran"
+
+
+def test_relative_paths_are_absolute_in_the_recipe_of_a_run(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[2] / "hardware_profiles" / "i7-1165g7.yaml"
+    (tmp_path / "my.yaml").write_text(shipped.read_text())
+    (tmp_path / "text.txt").write_text("some words")
+    (tmp_path / "f").write_text("read me")
+    sets = ["hardware=my.yaml", "evaluate.quality.text=text.txt", "passes.write={pass: reads, file: f}"]
+    assert cli("run", recipe, "--no-measure", *[a for s in sets for a in ("--set", s)])[0] == 0
+    code, out, _ = cli("plan", "runs/r/latest/recipe.yaml", "--json")
+    assert code == 0
+    assert {s["status"] for s in json.loads(out)["stages"]} == {"cached"}

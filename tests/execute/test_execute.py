@@ -110,6 +110,8 @@ def test_facets_reach_the_pass_that_declares_them(checkpoint: Path, store: Store
         ("nothing", "returned NoneType where it promises 'torch'"),
         ("wrong_format", "returned an artifact of format 'torch' where it promises 'onnx'"),
         ("peek", "'seed', which it does not declare"),
+        ("phantom", "the artifact names ghost, which is not in the store"),
+        ("orphan", "ended by SIGKILL"),
     ],
 )
 def test_a_failing_pass_fails_its_stage_with_its_reason_and_no_other(
@@ -141,18 +143,15 @@ def test_a_damaged_artifact_is_made_again(checkpoint: Path, store: Store) -> Non
 
 
 def start(passes: str, checkpoint: Path, store: Store) -> subprocess.Popen[bytes]:
-    """A run in a process of its own, to be interrupted."""
+    """`pipeline run` in a process of its own, to be interrupted."""
+    recipe = store.root.parent / "r.yaml"
+    recipe.write_text(f"version: 1\nname: x\nmodel: {{path: {checkpoint}}}\npasses: {passes}\n")
+    # a shell that starts this in the background leaves SIGINT ignored, and that is inherited
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline.run import run\n"
-        "from pipeline.recipe.load import recipe_from_text\nfrom pipeline.store import Store\n"
-        f"text = 'version: 1\\nname: x\\nmodel: {{path: {checkpoint}}}\\npasses: {passes}\\n'\n"
-        f"recipe = recipe_from_text(text, file='r.yaml', folder=Path('{checkpoint}'))\n"
-        "try:\n"
-        f"    store, runs = Store(Path('{store.root}')), Path('{store.root.parent / 'runs'}')\n"
-        "    run(recipe, store=store, measure=False, runs=runs)\n"
-        "except KeyboardInterrupt:\n    sys.exit(130)\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom pipeline.cli import main; main()"
     )
-    return subprocess.Popen([sys.executable, "-c", code])
+    runs = str(store.root.parent / "runs")
+    return subprocess.Popen([sys.executable, "-c", code, "run", str(recipe), "--no-measure", "--runs", runs])
 
 
 def wait_for(path: Path) -> int:

@@ -19,7 +19,6 @@ from pipeline.hardware.probe import (
     ProbeResult,
     ReadBandwidth,
     cached_probe,
-    default_folder,
     measure_in_worker,
     probe,
     quick_bandwidth,
@@ -188,25 +187,6 @@ def test_a_write_that_fails_leaves_the_result_before_and_no_litter(
     assert kept is not None
     assert kept.bandwidth_gb_per_s.value == 1.0
     assert len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"PIPELINE_STORE": "/store", "XDG_CACHE_HOME": "/xdg"}, Path("/store/probe")),
-        ({"XDG_CACHE_HOME": "/xdg"}, Path("/xdg/pipeline/probe")),
-        ({}, Path("/home/someone/.cache/pipeline/probe")),
-    ],
-)
-def test_results_are_kept_in_the_store_else_in_the_users_cache(
-    environment: dict[str, str], expected: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    for name in ("PIPELINE_STORE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert default_folder() == expected
 
 
 # --- repetition and bandwidth

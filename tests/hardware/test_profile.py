@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
 from pipeline.hardware import HardwareProfile, Host, load_profile, local_profile, profile, profile_names
-from pipeline.hardware.probe import Figure, ProbeResult, probe
+from pipeline.hardware.probe import Figure, ProbeResult, probe, probe_folder
 
 GIB = 1024**3
 
@@ -331,10 +331,10 @@ def test_local_says_when_the_probe_ran_beside_other_work() -> None:
     assert "beside other work" not in quiet.sources["bandwidth_gb_per_s"]
 
 
-def test_local_finds_the_probes_result_in_the_users_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path))
-    probe(a_host(), tmp_path / "probe", measure=a_result)
-    assert load_profile("local", host=a_host()).bandwidth_gb_per_s == 44.0
+def test_local_finds_the_probes_result_in_its_folder(tmp_path: Path) -> None:
+    probe(a_host(), probe_folder(tmp_path), measure=a_result)
+    assert load_profile("local", host=a_host(), probe_folder=probe_folder(tmp_path)).bandwidth_gb_per_s == 44.0
+    assert load_profile("local", host=a_host()).bandwidth_gb_per_s is None
 
 
 def test_local_accounts_for_every_figure_as_a_file_must() -> None:

@@ -145,7 +145,8 @@ def test_tokens_per_second_count_the_whole_batch() -> None:
 
 
 def test_a_drift_that_all_stages_share_cancels_in_the_ratio() -> None:
-    found = figures({("source", 0): [[1, 2, 4], [8, 16, 32]], ("int4", 0): [[0.5, 1, 2], [4, 8, 16]]})
+    drift = [[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]
+    found = figures({("source", 0): drift, ("source", 1): drift, ("int4", 0): [[0.5, 1, 2], [4, 8, 16]]})
     ratio = found.stages["int4"][0].vs_baseline
     assert ratio is not None
     assert (ratio.ratio, ratio.low, ratio.high, ratio.verdict) == (
@@ -214,3 +215,10 @@ def test_the_interval_covers_in_simulation(launches: int, rounds: int, tail: str
         assert found is not None
         covered += found[1] <= 1.0 <= found[2]
     assert covered / runs >= 0.92
+
+
+def test_nothing_is_claimed_where_the_noise_is_not_known() -> None:
+    found = figures({("source", 0): [[2, 2, 2], [2, 2, 2]], ("int4", 0): [[1, 1, 1], [1, 1, 1]]})
+    ratio = found.stages["int4"][0].vs_baseline
+    assert ratio is not None
+    assert ratio.verdict == "inconclusive"

@@ -110,6 +110,22 @@ def test_a_cut_file_is_noticed(folder: Path) -> None:
         read_header(path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a": {"dtype": "F32", "shape": [2]}}',
+        '{"a": [1, 2]}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        '{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}',
+    ],
+)
+def test_a_damaged_header_is_told(header: str, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(PipelineError, match="entry for tensor 'a' is damaged"):
+        read_header(path)
+
+
 def test_a_hub_model_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from huggingface_hub import constants

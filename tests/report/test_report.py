@@ -91,6 +91,12 @@ def test_a_gate_over_what_is_not_finite_fails(report: Report) -> None:
     )
 
 
+@pytest.mark.parametrize("metric", ["perplexity", "kl_divergence", "top1_agreement", "max_abs_logit_error"])
+def test_no_quality_that_is_not_finite_passes_a_gate(metric: str, report: Report) -> None:
+    assert gate(f"garbage.{metric} <= 1e9", report).result == "failed"
+    assert gate(f"garbage.{metric} >= 0", report).result == "failed"
+
+
 def test_a_gate_over_a_stage_that_failed_is_not_evaluated_and_says_why(report: Report) -> None:
     found = gate("bad.size_bytes < 1", report)
     assert (found.result, found.reason) == ("not_evaluated", "ZeroDivisionError: [1/0]")

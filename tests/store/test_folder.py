@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from pydantic import ValidationError
 
 from pipeline.artifact import Artifact, Interface, Manifest
 from pipeline.errors import HostError, PipelineError
@@ -98,6 +99,27 @@ def test_a_copy_that_fails_leaves_nothing(artifact: Artifact, tmp_path: Path) ->
 def test_what_is_no_exported_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"pipeline.json is missing\n  give the `model` folder of a run"):
         read_folder(tmp_path)
+
+
+def test_a_link_to_a_file_outside_is_refused(artifact: Artifact, tmp_path: Path) -> None:
+    materialize(artifact, tmp_path / "model")
+    data = tmp_path / "model" / "model.onnx.data"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PipelineError, match="a link to a place outside"):
+        read_folder(tmp_path / "model")
+
+
+def test_a_component_cannot_be_named_as_a_path(artifact: Artifact) -> None:
+    with pytest.raises(ValidationError, match="should match pattern"):
+        Manifest(format="onnx", components={"../../esc": artifact.component}, interface=Interface())
+
+
+def test_two_files_of_one_name_are_refused(artifact: Artifact, tmp_path: Path) -> None:
+    files = {**artifact.manifest.files, MANIFEST: artifact.manifest.files["config.json"]}
+    both = Artifact(artifact.manifest.model_copy(update={"files": files}), artifact.blobs)
+    with pytest.raises(PipelineError, match=r"two files of the artifact would be called pipeline\.json"):
+        materialize(both, tmp_path / "model")
 
 
 def test_a_missing_or_cut_file_is_named(artifact: Artifact, tmp_path: Path) -> None:
