@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -141,9 +142,18 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+@cache
+def engine_digest() -> str:
+    """SHA-256 over the engine's sources through which passes read and write: a mend there changes what they yield."""
+    folder = Path(__file__).parent
+    names = ("artifact.py", "onnx_model.py", "stored_tensor.py", "store/writer.py")
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+
+
 def environment() -> dict[str, str]:
-    """What enters every key: the schema, Python, the operating system and the architecture."""
+    """What enters every key: the engine, the schema, Python, the operating system and the architecture."""
     return {
+        "engine": engine_digest(),
         "schema": str(SCHEMA_VERSION),
         "python": ".".join(platform.python_version_tuple()[:2]),
         "os": platform.system(),
