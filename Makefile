@@ -11,6 +11,7 @@ install: $(INSTALLED)
 
 # Once, and again only when the dependencies change. The CPU build of torch is taken where pip is offered one.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into $(VENV); this takes a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 class Location(NamedTuple):
-    """A place in a file that a person wrote. Lines and columns count from 1."""
+    """A place in a file that a person wrote. Lines and columns count from 1; line 0 means the whole of it."""
 
     file: str
     line: int
     column: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
 
 class PipelineError(Exception):

@@ -199,7 +199,7 @@ class Evaluation:
         folder = probe_folder(self.store.root)
         if cached_probe(self.plan.host, folder) is not None:
             return
-        self.events.measuring("this machine, once")
+        self.events.measuring("what this machine can do, once")
         try:
             probe(self.plan.host, folder)
         except PipelineError as error:

@@ -71,8 +71,7 @@ class DigestMemory:
         Raises: OSError where it cannot be read.
         """
         stat = path.stat()
-        identity = f"{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
-        entry = self.folder / hashlib.sha256(identity.encode()).hexdigest()[:32]
+        identity, entry = self._identity(path)
         try:
             remembered = json.loads(entry.read_text())
             if remembered["identity"] == identity:
@@ -86,3 +85,13 @@ class DigestMemory:
         if unchanged and began - stat.st_mtime_ns > QUIET_NS:
             write_atomically(entry, json.dumps({"identity": identity, "digest": digest}).encode())
         return digest
+
+    def remember(self, path: Path, digest: str) -> None:
+        """Record a digest that was computed while the file was written, by the only one who writes it."""
+        identity, entry = self._identity(path)
+        write_atomically(entry, json.dumps({"identity": identity, "digest": digest}).encode())
+
+    def _identity(self, path: Path) -> tuple[str, Path]:
+        stat = path.stat()
+        identity = f"{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
+        return identity, self.folder / hashlib.sha256(identity.encode()).hexdigest()[:32]

@@ -6,6 +6,8 @@ import json
 from inspect import cleandoc
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipeline.artifact import Frozen
 from pipeline.errors import PipelineError
 from pipeline.plugin import Pass, Registry
@@ -64,11 +66,16 @@ def _parameters(found: type[Pass]) -> list[Parameter]:
         Parameter(
             name=name,
             type=_type_in_words(field, schema.get("$defs", {})),
-            default="required" if name in required else json.dumps(field.get("default")),
+            default="required" if name in required else _default(found, name),
             description=field.get("description", ""),
         )
         for name, field in schema.get("properties", {}).items()
     ]
+
+
+def _default(found: type[Pass], name: str) -> str:
+    value = found.Params.model_fields[name].get_default(call_default_factory=True, validated_data={})
+    return json.dumps(TypeAdapter(Any).dump_python(value, mode="json"))
 
 
 def _type_in_words(field: dict[str, Any], definitions: dict[str, Any]) -> str:

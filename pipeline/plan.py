@@ -118,6 +118,7 @@ def make_plan(
 
     Raises: RecipeError where a pass or a parameter is unknown, or formats do not fit.
     """
+    _check_workload(recipe, source)
     first = _plan_source(recipe, source, store)
     planned: dict[str, PlannedStage] = {SOURCE: first}
     for stage in recipe.stages if stages is None else stages:
@@ -135,6 +136,17 @@ def make_plan(
         notes=tuple(_differences(profile, host)),
         obstacles=tuple(obstacles + _device_obstacles(profile, host)),
     )
+
+
+def _check_workload(recipe: Recipe, source: Source) -> None:
+    wanted = recipe.evaluate.workload
+    longest = max(wanted.prompt_lengths)
+    if source.max_length is not None and longest + wanted.new_tokens > source.max_length:
+        raise RecipeError(
+            f"a prompt of {longest} and {wanted.new_tokens} new tokens take {longest + wanted.new_tokens} positions; "
+            f"the model has {source.max_length}",
+            location=recipe.location("evaluate", "workload", "prompt_lengths"),
+        )
 
 
 def digest_of(value: Any) -> str:

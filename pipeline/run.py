@@ -55,6 +55,7 @@ def plan_recipe(
     host = describe_host()
     store = store or Store(default_store_path())
     source = _source(recipe, download=False)
+    _evaluation_text(recipe)
     return _plan(recipe, source, store, host, until=until, only=only, force=force)
 
 

@@ -307,7 +307,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model_type": "llama",
         "dtype": "float32",
         "vocab_size": 8,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 256,
     }
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, folder / "model.safetensors")

@@ -75,6 +75,11 @@ def _compare(
                 f"the exported graph differs from torch with {shape}: {name} has shape {list(given.shape)}, "
                 f"torch gives {list(reference.shape)}"
             )
+        if not np.isfinite(reference).all():
+            raise PipelineError(
+                f"the torch model itself gives values in {name} that are not finite: its weights are damaged, or "
+                "float32 is too narrow for them"
+            )
         difference = np.abs(given - reference)
         error = float(difference.max()) / (float(reference.std()) or 1.0)
         if not error <= tolerance:  # not a number, too

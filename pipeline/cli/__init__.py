@@ -11,6 +11,7 @@ from pipeline.cli import cache, hardware, passes, plan, report, run, schema, why
 from pipeline.cli.output import fail
 
 INTERRUPTED = 130
+READER_LEFT = 141  # what a shell shows for a process that SIGPIPE ended
 
 app = typer.Typer(
     name="pipeline",
@@ -56,13 +57,16 @@ def main() -> None:
         sys.exit(fail(error))
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left, for example `head`
-        sys.stderr.close()
-        sys.exit(0)
     except OSError as error:  # a folder that cannot be written, a full disk
+        from pipeline.errors import HostError
+        from pipeline.store import default_store_path
+
         where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"error: {where}{error.strerror or error}", err=True)
-        sys.exit(4)
+        hint = f"the store is {default_store_path()} (PIPELINE_STORE), results go to ./runs (--runs)"
+        sys.exit(fail(HostError(f"{where}{error.strerror or error}", hint=hint)))
+    except SystemExit as ended:
+        # typer ends with 1 where the reader of our output left, for example `head`; 1 is what a failed gate says
+        sys.exit(READER_LEFT if ended.code == 1 else ended.code)
     except Exception as error:
         show = getattr(error, "show", None)  # what typer raises for a wrong command line
         if show is None:  # not a user's mistake but ours: show all of it

@@ -34,14 +34,14 @@ def list_verb(json: JsonOption = False) -> None:
         print_json([row.model_dump(mode="json") for row in rows])
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in ("made", "recipe", "stage", "pass", "artifact", "format"):
-        table.add_column(column)
-    table.add_column("size", justify="right")
-    table.add_column("in store", justify="right")
-    table.add_column("alone", justify="right")
+    for column in ("made (UTC)", "recipe", "stage", "pass", "artifact", "format"):
+        table.add_column(column, overflow="fold")
+    table.add_column("size", justify="right", overflow="fold")
+    table.add_column("in store", justify="right", overflow="fold")
+    table.add_column("alone", justify="right", overflow="fold")
     for row in rows:
         table.add_row(
-            row.created,
+            row.created[:16].replace("T", " "),
             escape(row.recipe),
             row.stage,
             row.pass_name,

@@ -32,9 +32,9 @@ def list_verb(context: typer.Context, json: JsonOption = False) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("profile", "device", "model"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("cores", "memory", "bandwidth"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for p in profiles:
         memory = f"{p.memory_bytes / 2**30:.0f} GiB" if p.memory_bytes else "–"
         bandwidth = f"{p.bandwidth_gb_per_s:.0f} GB/s" if p.bandwidth_gb_per_s else "not measured"
@@ -71,7 +71,7 @@ def show_verb(
     output.print(f"[bold]{escape(profile.name)}[/]  {escape(profile.description)}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("figure", "value", "source"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     values = profile.model_dump(mode="json", exclude={"name", "description", "sources"})
     for field, value in values.items():
         table.add_row(field, escape(_in_words(value)), escape(profile.sources.get(field, "")))

@@ -31,7 +31,7 @@ def list_verb(context: typer.Context, json: JsonOption = False) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("pass", "takes", "yields", "what it does", "from"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for d in described:
         what = d.summary if d.problem is None else f"cannot be used: {d.problem}"
         table.add_row(d.name, ", ".join(d.accepts), d.produces or "", escape(what), escape(d.origin))
@@ -68,7 +68,7 @@ def show_verb(
         output.print(f"its key holds the versions of {', '.join(described.libraries) or 'no library'}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("parameter", "type", "default", "description"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for p in described.parameters:
         table.add_row(p.name, escape(p.type), escape(p.default), escape(p.description))
     output.print(table)

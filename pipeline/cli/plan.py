@@ -34,7 +34,7 @@ def plan_verb(
     else:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for column in ("stage", "pass", "from", "status", "key", "why"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for stage in plan.stages:
             sources = ", ".join([stage.parent or "", *stage.inputs.values()])
             row = (stage.name, stage.pass_name, sources, stage.status, stage.key[:12], escape(stage.reason))

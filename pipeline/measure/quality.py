@@ -113,7 +113,7 @@ def measure_quality(
     window, the window shrinks for all, and a note says so. Predictions go through a temporary folder. Where the
     baseline cannot be scored, no stage is, and all have its reason.
 
-    Raises: PipelineError where there is no such baseline, no tokenizer, or too little text.
+    Raises: PipelineError where there is no such baseline, no tokenizer or another model's, or too little text.
     """
     import numpy as np
 
@@ -124,6 +124,10 @@ def measure_quality(
     wanted, notes = fit_windows(wanted, [stage.artifact for stage in stages])
     window, stride = wanted.window, wanted.stride
     ids = tokenize(base.artifact, text, limit=wanted.tokens)
+    if len(ids) < window:
+        raise PipelineError(f"the evaluation text gives {len(ids)} tokens, less than one window of {window}")
+    if len(ids) < wanted.tokens:
+        notes = (*notes, f"the evaluation text gives {len(ids):,} tokens; {wanted.tokens:,} were asked for")
     windows = windows_over(len(ids), window=window, stride=stride)
     count = len(ids) - 1
     prompt = tuple(ids[: min(PROMPT_TOKENS, window // 2)])
@@ -197,6 +201,12 @@ def tokenize(artifact: Artifact, text: str, *, limit: int) -> list[int]:
         characters *= 2
     if len(ids) < 2:
         raise PipelineError(f"the evaluation text gives {len(ids)} tokens; at least 2 are needed")
+    vocabulary = artifact.interface.vocab_size
+    if vocabulary is not None and max(ids) >= vocabulary:
+        raise PipelineError(
+            f"the tokenizer gives token {max(ids)} and the model's vocabulary has {vocabulary}",
+            hint="the tokenizer.json beside the model is another model's",
+        )
     return ids[:limit]
 
 

@@ -159,7 +159,9 @@ class _Schedule:
                 break
             if not counts:
                 break
-        if launches == 1:
+        if launches == 0:
+            self.record.notes.append("no stage was measured to the end")
+        elif launches == 1:
             self.record.notes.append("one launch: the intervals do not cover what differs from launch to launch")
         elif launches < LAUNCHES:
             self.record.notes.append(f"{launches} launches instead of {LAUNCHES}, for the budget")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.artifact import MAIN_COMPONENT, Artifact, Component, FileEntry, Interface, Manifest, TensorRef
-from pipeline.errors import HostError, RecipeError, did_you_mean
+from pipeline.errors import HostError, PipelineError, RecipeError, did_you_mean
 from pipeline.models.safetensors import read_header
 from pipeline.store import Store
 
@@ -41,6 +41,7 @@ class Source:
     folder: Path
     dtype: str
     files: tuple[str, ...]
+    max_length: int | None
     revision: str | None = None
 
     def __str__(self) -> str:
@@ -89,6 +90,11 @@ def find_source(
         revision = folder.name
     config = _read_config(folder)
     weights = _weight_files(folder)
+    for weight in weights:
+        try:
+            read_header((folder / weight).resolve())
+        except PipelineError as error:
+            raise RecipeError(error.message) from None
     companions = [name for name in COMPANIONS if (folder / name).is_file()]
     return Source(
         kind=kind,
@@ -96,6 +102,7 @@ def find_source(
         folder=folder,
         dtype=_resolve_dtype(dtype, config, folder / weights[0]),
         files=(*companions, *weights),
+        max_length=config.get("text_config", config).get("max_position_embeddings"),
         revision=revision if kind == "huggingface" else None,
     )
 

@@ -81,7 +81,7 @@ def apply_override(data: dict[str, Any], override: str, positions: Positions) ->
     """
     key, equals, text = override.partition("=")
     label = f"--set {override}"
-    here = Location(label, 1, 1)
+    here = Location(label, 0, 0)
     if not equals or not key.strip():
         raise RecipeError("an override is KEY=VALUE, for example evaluate.budget_s=20", location=here)
     value, _ = parse(text, label)
@@ -93,6 +93,7 @@ def apply_override(data: dict[str, Any], override: str, positions: Positions) ->
         if isinstance(current, dict):
             if not isinstance(current.get(step), dict | list):
                 current[str(step)] = {}
+                positions.put((*path, step), here)
             current = current[str(step)]
         else:
             current = current[step]
@@ -104,7 +105,7 @@ def apply_override(data: dict[str, Any], override: str, positions: Positions) ->
     current[last] = value
     full = (*path, last)
     positions.forget(full)
-    positions.put(full, Location(label, 1, len("--set ") + len(key) + 2))
+    positions.put(full, here)
 
 
 def _step(current: Any, part: str, path: list[str | int], here: Location) -> str | int:
@@ -151,6 +152,7 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
             if stage not in known:
                 key = ("passes", i, "after") if role == "after" else ("passes", i, "inputs", role)
                 what = "comes later in the list" if stage in later else "is not there"
+                what = "is the one that asks for it" if stage == name else what
                 raise RecipeError(
                     f"{name}: the stage {stage!r} {what}",
                     location=positions.find(key),

@@ -18,7 +18,8 @@ def find_run(run: str, runs: Path) -> Path:
 
     Raises: RecipeError where there is none.
     """
-    for folder in (Path(run), runs / run / LATEST, runs / run):
+    given = Path(run).parent if Path(run).name == REPORT else Path(run)
+    for folder in (given, runs / run / LATEST, runs / run):
         if (folder / REPORT).is_file():
             return folder
     known = [p.parent.name for p in runs.glob(f"*/{LATEST}")] if runs.is_dir() else []

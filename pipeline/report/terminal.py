@@ -46,7 +46,7 @@ def render(report: Report, console: Console) -> None:
 
 def _head(report: Report) -> RenderableType:
     lines = [
-        f"[bold]{escape(report.recipe)}[/]  {escape(report.description)}",
+        f"[bold]{escape(report.recipe)}[/]  {escape(report.description)}".rstrip(),
         f"measured on {escape(str(report.host.get('cpu_model')))}, {report.threads} threads; "
         f"target {escape(str(report.hardware.get('name')))}",
     ]
@@ -66,10 +66,11 @@ def _speed(report: Report) -> RenderableType | None:
         rounds, launches = max(p.rounds for p in here), max(p.launches for p in here)
         floor = next((f for f in report.noise_floor if (f.kind, f.batch, f.prompt) == (kind, batch, prompt)), None)
         noise = f"; {report.baseline} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}" if floor else ""
-        title = f"{what}, batch {batch} ({rounds} rounds, {launches} launches{noise})"
+        counts = f"{rounds} rounds, {launches} launch{'es' if launches > 1 else ''}"
+        title = f"{what}, batch {batch} ({counts}{noise})"
         table = _table("stage")
         for column in ("tokens/s", "95 %", f"× {report.baseline}", "95 %"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", overflow="fold")
         table.add_column("verdict")
         for stage in report.stages:
             point = next((p for p in stage.speed or () if (p.kind, p.batch, p.prompt) == (kind, batch, prompt)), None)
@@ -86,7 +87,7 @@ def _quality(report: Report) -> RenderableType | None:
         return None
     table = _table("stage")
     for column in ("perplexity", f"× {report.baseline}", "95 %", "KL", "top-1"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     table.add_column("verdict")
     for stage in report.stages:
         if stage.quality is None:
@@ -108,7 +109,7 @@ def _resources(report: Report) -> RenderableType | None:
         return None
     table = _table("stage")
     for column in ("size", "load cold", "warm", "memory", "made in", "with memory", "adds to store"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for stage in report.stages:
         if stage.artifact is None:
             continue
@@ -148,9 +149,11 @@ def _gates(report: Report) -> RenderableType | None:
     table = _table("gate", "result")
     table.add_column("deciding value", justify="right")
     for gate in report.gates:
-        value = _number(gate.observed, ".5g") if gate.observed is not None else escape(gate.reason or "–")
-        table.add_row(escape(gate.gate), _styled(gate.result), value)
-    return _titled("gates", table)
+        large = gate.observed is not None and abs(gate.observed) >= 1e4
+        table.add_row(escape(gate.gate), _styled(gate.result), _number(gate.observed, ",.0f" if large else ".5g"))
+    reasons = [f"{escape(g.gate)}: {escape(g.reason)}" for g in report.gates if g.reason]
+    shown = _titled("gates", table)
+    return Group(shown, Text.from_markup("\n".join(reasons))) if reasons else shown
 
 
 def effect_in_words(stage: StageReport) -> str:
@@ -188,7 +191,7 @@ def _points(report: Report) -> list[tuple[str, int, int]]:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # what does not fit goes on below, never to "…"
     return table
 
 

@@ -74,8 +74,15 @@ class TorchRunner:
         with checkpoint_folder(artifact) as folder, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(_config(folder), trust_remote_code=False)
         model.tie_weights()
+        tensors = {n: t for part in artifact.manifest.components.values() for n, t in part.tensors.items()}
+        for name, parameter in model.named_parameters():
+            if name in tensors and tensors[name].shape != tuple(parameter.shape):
+                raise PipelineError(
+                    f"config.json describes {name} as {list(parameter.shape)} and the weights hold it as "
+                    f"{list(tensors[name].shape)}"
+                )
         described = sum(parameter.numel() for parameter in model.parameters())  # tied ones count once
-        held = sum(prod(t.shape) for part in artifact.manifest.components.values() for t in part.tensors.values())
+        held = sum(prod(t.shape) for t in tensors.values())
         if held < described * LEAST_SHARE:
             raise PipelineError(f"config.json describes {described:,} parameters and the weights hold {held:,}")
 

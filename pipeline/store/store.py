@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
 from pipeline.artifact import Artifact, FileEntry, Frozen, Manifest, blob_path
-from pipeline.errors import StageError
+from pipeline.errors import HostError, StageError
 from pipeline.files import DigestMemory, fsync_folder, write_atomically
 
 
@@ -57,6 +57,8 @@ class Store:
     """Blobs, artifacts and their index under one folder. Any number of processes may share it."""
 
     def __init__(self, root: Path) -> None:
+        if root.exists() and not root.is_dir():
+            raise HostError(f"the store {root} is not a folder", hint="set PIPELINE_STORE to one that can be written")
         self.root = root
         self.blobs = root / "blobs"
         self._digests = DigestMemory(root / "digests")
@@ -99,7 +101,7 @@ class Store:
     def artifact(self, digest: str) -> Artifact | None:
         """The artifact of that digest; None where it, or a file that it needs, is missing or has changed.
 
-        Blobs are checked by their size; `cache verify` reads their bytes.
+        A blob's bytes are read again only where its size or its time of modification is not what it was.
         """
         data = self._read(self._shard("artifacts", digest))
         if data is None:
@@ -124,8 +126,9 @@ class Store:
         """True where the entry's file is there with its size, and a referenced one with its contents."""
         if entry.path:
             return self._find_reference(entry) is not None
+        blob = blob_path(self.blobs, entry.digest)
         try:
-            return blob_path(self.blobs, entry.digest).stat().st_size == entry.size_bytes
+            return blob.stat().st_size == entry.size_bytes and self.digest_file(blob) == entry.digest
         except OSError:
             return False
 
@@ -141,13 +144,14 @@ class Store:
             if source.name.startswith("."):  # a stream that the pass left open
                 continue
             target = blob_path(self.blobs, source.name)
-            if target.exists() and target.stat().st_size == source.stat().st_size:
+            if target.exists() and self.digest_file(target) == source.name:
                 source.unlink()
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             source.chmod(0o444)
             source.replace(target)
             fsync_folder(target.parent)
+            self._digests.remember(target, target.name)
         for name, entry in manifest.entries():
             if not self._is_whole(entry):
                 place = entry.path or "the store"

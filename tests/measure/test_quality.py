@@ -266,3 +266,18 @@ def test_real_workers_score_in_processes_of_their_own(artifacts: dict[str, Artif
     same = found.stages["same"].vs_baseline
     assert same is not None
     assert same.verdict == "identical"
+
+
+def test_a_text_shorter_than_one_window_is_refused(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
+    stages = [StageToMeasure("source", artifacts["source"], ExecutionSpec())]
+    few = " ".join(TEXT.split()[:5])
+    with pytest.raises(PipelineError, match="gives 5 tokens, less than one window of"):
+        measure_quality(stages, baseline="source", text=few, logs=tmp_path, workload=WORKLOAD, start_worker=InProcess)
+
+
+def test_another_models_tokenizer_is_told(artifacts: dict[str, Artifact]) -> None:
+    source = artifacts["source"]
+    interface = source.interface.model_copy(update={"vocab_size": 3})
+    small = Artifact(source.manifest.model_copy(update={"interface": interface}), source.blobs)
+    with pytest.raises(PipelineError, match="the model's vocabulary has 3"):
+        tokenize(small, TEXT, limit=40)

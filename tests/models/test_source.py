@@ -34,7 +34,7 @@ def test_a_folder_becomes_an_artifact_that_references_its_files(checkpoint: Path
     artifact = source_artifact(find_source("path", str(checkpoint), relative_to=Path()), store)
     assert artifact.format == "torch"
     assert artifact.interface.vocab_size == 8
-    assert artifact.interface.max_length == 64
+    assert artifact.interface.max_length == 256
     assert artifact.manifest.execution == {"dtype": "float32"}
     assert artifact.file("model.safetensors") == checkpoint / "model.safetensors"
     np.testing.assert_array_equal(artifact.tensor("a"), np.arange(6).reshape(2, 3))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.artifact import Artifact, Component, FileEntry, Interface, Manifest, blob_path
+from pipeline.errors import HostError
 from pipeline.files import DigestMemory, sha256_of, write_atomically
 from pipeline.store import StageRecord, Store, default_store_path
 from pipeline.store.writer import ALIGNMENT, OutputWriter
@@ -72,6 +73,25 @@ def test_an_artifact_with_a_missing_or_cut_blob_is_not_there(store: Store) -> No
     assert store.artifact(made.digest) is None
     path.unlink()
     assert store.artifact(made.digest) is None
+
+
+def test_an_edited_blob_is_noticed_though_its_size_is_the_same(store: Store) -> None:
+    made = publish(store)
+    path = made.file("w")
+    assert path is not None
+    path.chmod(0o644)
+    path.write_bytes(b"WEIGHTS")
+    os.utime(path, ns=(7, 7))
+    assert store.artifact(made.digest) is None
+    publish(store)
+    assert store.artifact(made.digest) is not None
+    assert path.read_bytes() == b"weights"
+
+
+def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HostError, match=r"is not a folder\n  set PIPELINE_STORE"):
+        Store(tmp_path / "file")
 
 
 def test_a_damaged_artifact_is_repaired_by_publishing_it_again(store: Store) -> None:
