@@ -23,7 +23,7 @@ FLOORS = [
     ["run"],
     ["cli", "__main__"],
 ]
-HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "scipy", "olive", "pandas"}
+HEAVY = {"numpy", "torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "scipy", "olive", "pandas"}
 
 
 def module_name(path: Path) -> str:
@@ -100,10 +100,13 @@ def test_passes_import_heavy_libraries_late(path: Path) -> None:
     [
         "import pipeline.cli",
         "from pipeline.run import run, plan_recipe",
+        "from pipeline.recipe import load_recipe; from pipeline.run import plan_recipe; "
+        "plan_recipe(load_recipe('llama2-cpu'))",
         "from pipeline.plugin import Registry; r = Registry(); [r.load(n) for n in r.names()]",
         "import pipeline.cli.live, pipeline.report.terminal, pipeline.recipe.json_schema",
     ],
 )
+@pytest.mark.usefixtures("store")
 def test_what_answers_at_once_loads_no_heavy_library(statement: str) -> None:
     code = f"{statement}\nimport sys\nprint([m for m in {sorted(HEAVY)} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
