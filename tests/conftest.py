@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from safetensors.numpy import save_file
 
 from pipeline.store import Store
+
+settings.register_profile("patient", deadline=None)  # a busy machine makes no test wrong
+settings.load_profile("patient")
 
 PASSES = '''
 """Passes that do little, and passes that misbehave."""
