@@ -80,6 +80,15 @@ def test_another_data_type_is_another_source(checkpoint: Path, store: Store) -> 
     assert keys(plan(CHAIN, checkpoint, store)) != keys(plan(CHAIN, checkpoint, store, "model.dtype=float16"))
 
 
+def test_a_change_of_the_engine_changes_every_key_but_the_sources(
+    checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(plan(CHAIN, checkpoint, store))
+    monkeypatch.setattr("pipeline.plan.engine_digest", lambda: "another engine")
+    after = keys(plan(CHAIN, checkpoint, store))
+    assert {name for name in before if before[name] != after[name]} == {"mark", "write", "branch"}
+
+
 def test_a_declared_facet_enters_the_key_and_an_undeclared_one_does_not(checkpoint: Path, store: Store) -> None:
     text = CHAIN.replace("pass: write", "pass: seeded")
     before, after = (keys(plan(text, checkpoint, store, f"seed={seed}")) for seed in (0, 1))
