@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +43,7 @@ class PlannedStage(Frozen):
     facets: dict[str, Any] = Field(default_factory=dict, description="values of the facets that the pass declares")
     produces: str
     deterministic: bool = True
+    timeout_s: float | None = Field(None, description="seconds after which the pass is ended")
     status: Status
     reason: str = ""
     artifact: str | None = Field(None, description="digest, where it is known already")
@@ -241,7 +243,7 @@ def _plan_stage(
     own = digest_of(ingredients)
     parents = {"": parent.key, **{role: planned[name].key for role, name in stage.inputs.items()}}
     key = digest_of({"own": own, "parents": parents})
-    status, reason, artifact = _status(stage, found, planned, own=own, key=key, store=store, host=host)
+    status, reason, artifact = _status(stage, found, planned, own=own, key=key, store=store, host=host, params=params)
     return PlannedStage(
         name=stage.name,
         pass_name=found.name,
@@ -254,6 +256,7 @@ def _plan_stage(
         facets=facets,
         produces=produces,
         deterministic=found.deterministic,
+        timeout_s=stage.timeout_s,
         status=status,
         reason=reason,
         artifact=artifact,
@@ -269,6 +272,7 @@ def _status(
     key: str,
     store: Store,
     host: Host,
+    params: PassParams,
 ) -> tuple[Status, str, str | None]:
     if record := store.stage_record(key):
         return "cached", "", record.artifact
@@ -280,7 +284,7 @@ def _status(
     blocked = next((need.name for need in needs if need.status == "cannot run"), None)
     if blocked:
         return "cannot run", f"it needs {blocked}, which cannot run", None
-    if lacking := _lacking(found, host):
+    if lacking := _lacking(found, params, host):
         return "cannot run", lacking, None
     changing = next((need.name for need in needs if need.artifact is None), None)
     if changing and store.may_hit(own):
@@ -288,15 +292,17 @@ def _status(
     return "will run", f"{changing} runs first" if changing else "not in the store", None
 
 
-def _lacking(found: type[Pass], host: Host) -> str:
+def _lacking(found: type[Pass], params: PassParams, host: Host) -> str:
     """What the pass requires and the host does not have; empty where it has all."""
-    requires = found.requires
+    requires = found.requirements(params)
     if requires.device == "cuda" and not host.gpus:
         return f"the pass {found.name!r} needs a CUDA GPU and this host has none"
     if missing := [p for p in requires.providers if p not in host.execution_providers]:
         return f"the pass {found.name!r} needs {', '.join(missing)}; install the onnxruntime package that brings it"
     if missing := [s for s in requires.instruction_sets if s not in host.instruction_sets]:
         return f"the pass {found.name!r} needs {', '.join(missing)}, which this CPU lacks"
+    if missing := [p for p in requires.programs if not any(map(shutil.which, p.split("|")))]:
+        return f"the pass {found.name!r} needs the program {' and '.join(missing).replace('|', ' or ')}; install it"
     return ""
 
 

@@ -25,7 +25,7 @@ from pipeline.errors import PipelineError, RecipeError, did_you_mean
 from pipeline.store.writer import OutputWriter
 
 PASSES = "pipeline.passes"
-RESERVED = frozenset({"pass", "name", "after", "inputs", "allow_broken"})
+RESERVED = frozenset({"pass", "name", "after", "inputs", "allow_broken", "timeout_s", "group"})
 """Keys of a recipe's entry that are not parameters."""
 
 
@@ -41,6 +41,7 @@ class Requires(Frozen):
     device: Literal["any", "cpu", "cuda"] = "any"
     providers: tuple[str, ...] = Field((), description="ONNX Runtime execution providers")
     instruction_sets: tuple[str, ...] = ()
+    programs: tuple[str, ...] = Field((), description="on the PATH; alternatives parted by |, e.g. g++|clang++")
 
 
 class Pass(ABC):
@@ -74,6 +75,12 @@ class Pass(ABC):
             frozenset(accepts() if callable(accepts) else cls.accepts),
             produces() if callable(produces) else cls.produces,
         )
+
+    @classmethod
+    def requirements(cls, params: PassParams) -> Requires:
+        """What the host must have with these parameters, which may define `requires` as a method."""
+        asked = getattr(params, "requires", None)
+        return asked() if callable(asked) else cls.requires
 
     @classmethod
     def summary(cls) -> str:

@@ -166,6 +166,7 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
                 parent=entry.after or before,
                 inputs=entry.inputs,
                 allow_broken=entry.allow_broken,
+                timeout_s=entry.timeout_s,
                 index=i,
             )
         )

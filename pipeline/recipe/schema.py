@@ -74,6 +74,7 @@ class Entry(BaseModel):
     after: str | None = Field(None, description="the stage whose artifact it takes; default: the entry before")
     inputs: dict[str, str] = Field(default_factory=dict, description="further stages that the pass reads, by role")
     allow_broken: bool = Field(False, description="a broken model does not fail the run")
+    timeout_s: float | None = Field(None, gt=0, description="seconds after which the pass is ended; default: never")
 
 
 class Workload(Part):
@@ -135,6 +136,7 @@ class Stage(Part):
     parent: str
     inputs: dict[str, str]
     allow_broken: bool
+    timeout_s: float | None = None
     index: int = Field(description="place in the recipe's list of passes, from 0")
 
 

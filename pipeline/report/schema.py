@@ -77,6 +77,7 @@ class Load(Part):
 
     cold_s: float | None = Field(None, description="after the files were dropped from the page cache")
     warm_s: float | None = Field(None, description="median of the later launches")
+    saved_s: float | None = Field(None, description="the parent's warm load less this one's; negative: it takes longer")
 
 
 class ArtifactFacts(Part):
@@ -93,6 +94,18 @@ class Cost(Part):
     wall_s: float | None = None
     peak_memory_bytes: int | None = Field(None, description="anonymous + shared")
     peak_rss_bytes: int | None = Field(None, description="mapped files counted, too")
+
+
+class PredictedMemory(Part):
+    """Memory, anonymous + shared, as it was estimated before anything ran. The measured figures stand beside it."""
+
+    conversion_bytes: int | None = Field(None, description="peak of making the artifact; null: nobody knows")
+    inference_bytes: int | None = Field(None, description="peak of running it: the four below together")
+    weights_bytes: int | None = None
+    kv_cache_bytes: int | None = Field(None, description="at the workload's largest batch and length")
+    activations_bytes: int | None = None
+    runtime_bytes: int | None = Field(None, description="the process and its libraries")
+    fits: bool | None = Field(None, description="whether inference fits into the target's memory; null: not known")
 
 
 class Effect(Part):
@@ -152,6 +165,7 @@ class StageReport(Part):
     log: str | None = Field(None, description="relative to the report")
     artifact: ArtifactFacts | None = None
     cost: Cost = Cost()
+    predicted_memory: PredictedMemory | None = None
     effect: Effect | None = None
     load: Load | None = None
     inference_peak_memory_bytes: int | None = Field(None, description="anonymous + shared, of the model's process")
@@ -167,6 +181,23 @@ class GateResult(Part):
     reason: str | None = None
 
 
+class ModelFacts(Part):
+    """Where the model came from."""
+
+    source: str = Field(description="kind and name, e.g. builtin: llama2-tiny")
+    random_weights: bool = Field(
+        False, description="drawn from a seed: perplexity means nothing, agreement with the baseline does"
+    )
+
+
+class Cell(Part):
+    """Which cell of the recipe's matrix this run was."""
+
+    index: int
+    of: int
+    overrides: dict[str, Any]
+
+
 class Lock(Part):
     """What the run depended on."""
 
@@ -179,6 +210,8 @@ class Report(Part):
     schema_version: Literal[1] = REPORT_VERSION
     recipe: str
     description: str = ""
+    model: ModelFacts | None = None
+    cell: Cell | None = Field(None, description="null: the recipe has no matrix")
     run: str = Field(description="the run's id")
     created: str = Field(description="UTC, ISO 8601")
     wall_s: float = Field(description="the whole run, up to writing this report")
