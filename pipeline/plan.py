@@ -366,11 +366,11 @@ def _library_version(name: str) -> str:
 
 
 def _absolute_paths(params: PassParams, recipe: Recipe, where: tuple[str | int, ...]) -> PassParams:
-    """Paths in parameters, however deep, start from the recipe's folder and have to exist."""
+    """Paths in parameters, however deep, start from the folder of the file that names them and have to exist."""
 
     def settle(name: str, value: Any) -> Any:
         if isinstance(value, Path):
-            path = (recipe.folder / value.expanduser()).resolve()
+            path = (recipe.folder_of(*where, name) / value.expanduser()).resolve()
             if not path.exists():
                 raise RecipeError(f"{name}: {path} does not exist", location=recipe.location(*where, name))
             return path

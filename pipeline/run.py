@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import yaml
-
 from pipeline.artifact import Artifact
 from pipeline.errors import HostError, RecipeError
 from pipeline.evaluate import Evaluation, Measured
@@ -24,6 +22,7 @@ from pipeline.models import Source, evaluation_text, find_source
 from pipeline.plan import Plan, make_plan, select_stages
 from pipeline.plugin import Registry
 from pipeline.recipe import Recipe
+from pipeline.recipe.parsing import to_yaml
 from pipeline.report.build import build_report
 from pipeline.report.folder import LATEST, REPORT
 from pipeline.report.schema import Report
@@ -146,7 +145,7 @@ def _source(recipe: Recipe, *, download: bool) -> Source:
         return find_source(
             model.kind,
             model.source,
-            relative_to=recipe.folder,
+            relative_to=recipe.folder_of("model", model.kind),
             revision=model.revision,
             dtype=model.dtype,
             download=download,
@@ -174,7 +173,10 @@ def _plan(
 def _profile(recipe: Recipe, host: Host, store: Store) -> HardwareProfile:
     try:
         return load_profile(
-            recipe.hardware, host=host, relative_to=recipe.folder, probe_folder=probe_folder(store.root)
+            recipe.hardware,
+            host=host,
+            relative_to=recipe.folder_of("hardware"),
+            probe_folder=probe_folder(store.root),
         )
     except RecipeError as error:
         raise RecipeError(error.message, hint=error.hint, location=recipe.location("hardware")) from None
@@ -186,7 +188,8 @@ def _evaluation_text(recipe: Recipe) -> str:
     Raises: RecipeError where it is not there or not text.
     """
     given = recipe.evaluate.quality.text
-    path = evaluation_text() if given == "builtin" else (recipe.folder / Path(given).expanduser()).resolve()
+    home = recipe.folder_of("evaluate", "quality", "text")
+    path = evaluation_text() if given == "builtin" else (home / Path(given).expanduser()).resolve()
     where = recipe.location("evaluate", "quality", "text")
     try:
         text = path.read_text(encoding="utf-8")
@@ -240,24 +243,25 @@ def _write(folder: Path, recipe: Recipe, plan: Plan, measured: Measured, report:
 
 
 def _resolved(recipe: Recipe, plan: Plan) -> str:
-    """The recipe as it was run, overrides applied and paths absolute, as a recipe that runs from anywhere."""
+    """The recipe as it was run, composed, overridden and with absolute paths: one file that runs from anywhere."""
     data = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     data = {"version": recipe.version, "name": recipe.name, **data}
 
-    def absolute(path: str) -> str:
-        return str((recipe.folder / Path(path).expanduser()).resolve())
+    def absolute(path: str, *where: str) -> str:
+        return str((recipe.folder_of(*where) / Path(path).expanduser()).resolve())
 
     if recipe.model.path is not None:
-        data["model"]["path"] = absolute(recipe.model.path)
+        data["model"]["path"] = absolute(recipe.model.path, "model", "path")
     if recipe.hardware.endswith((".yaml", ".yml")):
-        data["hardware"] = absolute(recipe.hardware)
+        data["hardware"] = absolute(recipe.hardware, "hardware")
     if recipe.evaluate.quality.text != "builtin":
-        data["evaluate"]["quality"]["text"] = absolute(recipe.evaluate.quality.text)
+        text = absolute(recipe.evaluate.quality.text, "evaluate", "quality", "text")
+        data["evaluate"]["quality"]["text"] = text
     planned = {stage.name: stage.params for stage in plan.stages}
     for stage in recipe.stages:
         settled = planned.get(stage.name, {})  # paths among them are absolute already
         data["passes"][stage.index] |= {key: settled[key] for key in stage.params if key in settled}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return to_yaml(data)
 
 
 class _RunFolder:

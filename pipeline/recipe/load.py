@@ -1,131 +1,155 @@
-"""From a file to a Recipe: parse, override, validate once, resolve."""
+"""From files to a Recipe: read, compose, validate once, resolve."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pipeline.errors import Location, RecipeError, did_you_mean
-from pipeline.recipe.positions import Positions, parse
-from pipeline.recipe.schema import MODEL_SOURCES, NAME, SOURCE, Gate, Recipe, RecipeModel, Stage, parse_gate
+from pipeline.plugin import Registry
+from pipeline.recipe.extends import with_base
+from pipeline.recipe.groups import splice
+from pipeline.recipe.library import Library, find_recipe, read_text, shipped_recipes
+from pipeline.recipe.matrix import KEY as MATRIX
+from pipeline.recipe.matrix import Overrides, cells_of
+from pipeline.recipe.overrides import apply_override, entry_name
+from pipeline.recipe.parameters import check_parameters
+from pipeline.recipe.parsing import parse
+from pipeline.recipe.positions import Positions
+from pipeline.recipe.schema import NAME, SOURCE, Gate, Recipe, RecipeFile, RecipeModel, Stage, parse_gate
+from pipeline.recipe.tree import Node, plain
 from pipeline.recipe.validation import validate
 from pipeline.report.gates import METRICS, SELECTORS
+from pipeline.report.schema import Cell
+
+__all__ = ["load_cells", "load_recipe", "recipe_from_text", "recipes_from_text", "shipped_recipes"]
+
+Value = TypeVar("Value")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, cell: int | None = None) -> Recipe:
     """Load the recipe at `path`, or the shipped recipe of that name, with `KEY=VALUE` overrides applied.
+
+    `cell` chooses from the recipe's matrix, from 0; default: the first cell, if there are any.
 
     Raises: RecipeError with the place of every mistake.
     """
-    file = _find(Path(path))
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
-    return recipe_from_text(text, file=str(path), folder=file.parent, overrides=overrides)
+    return _chosen(load_cells(path, overrides), cell)
 
 
-def recipe_from_text(text: str, *, file: str, folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_cells(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]:
+    """Every cell of a recipe's matrix as a recipe, in order; the recipe alone where it has no matrix.
+
+    Raises: RecipeError with the place of every mistake.
+    """
+    file = find_recipe(Path(path))
+    return _recipes(read_text(file), label=str(path), folder=file.parent, file=file, overrides=overrides)
+
+
+def recipe_from_text(
+    text: str, *, file: str, folder: Path, overrides: Sequence[str] = (), cell: int | None = None
+) -> Recipe:
     """The recipe in a YAML text. `file` is what messages call it; relative paths start from `folder`.
 
     Raises: RecipeError
     """
-    data, positions = parse(text, file)
-    if data is None:
-        raise RecipeError("the file is empty; a recipe begins with `version: 1`", location=Location(file, 1, 1))
-    if not isinstance(data, dict):
-        raise RecipeError("a recipe is a mapping of keys to values", location=Location(file, 1, 1))
-    for override in overrides:
-        apply_override(data, override, positions)
-    if "version" in data and data["version"] != 1:
-        raise RecipeError(
-            f"this is a recipe of version {data['version']!r}; this program reads version 1",
-            location=positions.find(("version",)),
-        )
-    checked = validate(RecipeModel, data, positions)
+    return _chosen(recipes_from_text(text, file=file, folder=folder, overrides=overrides), cell)
+
+
+def recipes_from_text(text: str, *, file: str, folder: Path, overrides: Sequence[str] = ()) -> list[Recipe]:
+    """Every cell of the recipe in a YAML text, as `load_cells` gives them.
+
+    Raises: RecipeError
+    """
+    return _recipes(text, label=file, folder=folder, file=None, overrides=overrides)
+
+
+def _chosen(recipes: list[Recipe], cell: int | None) -> Recipe:
+    if cell is None:
+        return recipes[0]
+    if recipes[0].cell is None:
+        raise RecipeError(f"there is no cell {cell}: the recipe has no matrix")
+    if not 0 <= cell < len(recipes):
+        raise RecipeError(f"there is no cell {cell}: the recipe's matrix has the cells 0 to {len(recipes) - 1}")
+    return recipes[cell]
+
+
+def _recipes(text: str, *, label: str, folder: Path, file: Path | None, overrides: Sequence[str]) -> list[Recipe]:
+    written = parse(text, label)
+    if written is None:
+        raise RecipeError("the file is empty; a recipe begins with `version: 1`", location=Location(label, 1, 1))
+    if not isinstance(written.value, dict):
+        raise RecipeError("a recipe is a mapping of keys to values", location=Location(label, 1, 1))
+    library = Library(label, folder)
+    whole = splice(with_base(written, library, file), library)
+    cells = cells_of(whole)
+    base = whole.without({MATRIX})
+
+    def composed(cell: Overrides | None) -> Node:
+        tree = base if cell is None else splice(cell.apply(base), library)
+        for override in overrides:
+            tree = splice(apply_override(tree, override), library)
+        return tree
+
+    def resolved(tree: Node, cell: Cell | None = None, elsewhere: Mapping[str, int] | None = None) -> Recipe:
+        recipe = _recipe(tree, elsewhere or {})
+        recipe._folder, recipe._folders, recipe._text = folder.resolve(), library.folders, text
+        recipe._cell = cell
+        if cell is not None:  # a plan checks the parameters of its own cell; this tells of those in the others
+            check_parameters(recipe, Registry())
+        return recipe
+
+    if not cells:
+        return [resolved(composed(None))]
+    alone = _complaint(lambda: resolved(composed(None)))
+    trees = [_in_cell(partial(composed, cell), index, cell, alone) for index, cell in enumerate(cells)]
+    elsewhere = {name: index for index, tree in reversed(list(enumerate(trees))) for name in _names(tree)}
+    recipes = []
+    for index, (cell, tree) in enumerate(zip(cells, trees, strict=True)):
+        facts = Cell(index=index, of=len(cells), overrides=cell.values())
+        recipes.append(_in_cell(partial(resolved, tree, facts, elsewhere), index, cell, alone))
+    return recipes
+
+
+def _in_cell(make: Callable[[], Value], index: int, cell: Overrides, alone: str | None) -> Value:
+    """What `make` makes; its mistakes name the cell, unless the recipe has them without any cell, too (`alone`)."""
+    try:
+        return make()
+    except RecipeError as error:
+        if str(error) == alone:
+            raise
+        found = f"in cell {index} of the matrix ({cell.at})"
+        told = RecipeError(error.message, hint=f"{found}; {error.hint}" if error.hint else found)
+        told.location = error.location
+        raise told from None
+
+
+def _complaint(make: Callable[[], object]) -> str | None:
+    try:
+        make()
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def _names(tree: Node) -> list[str]:
+    passes = tree.get("passes")
+    return [entry_name(entry) for entry in passes.value] if passes and isinstance(passes.value, list) else []
+
+
+def _recipe(tree: Node, elsewhere: Mapping[str, int]) -> Recipe:
+    """The composed tree as a recipe; `elsewhere` says of stages in which cell of the matrix they are."""
+    data, positions = plain(tree)
+    checked = validate(RecipeFile, data, positions)
     stages = _stages(checked, positions)
-    gates = _gates(checked, stages, positions)
+    gates = _gates(checked, stages, positions, elsewhere)
     fields = {name: getattr(checked, name) for name in RecipeModel.model_fields}
     recipe = Recipe.model_construct(**fields, stages=stages, parsed_gates=gates)
-    recipe._positions, recipe._folder, recipe._text = positions, folder.resolve(), text
+    recipe._positions = positions
     return recipe
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package."""
-    package = Path(__file__).parent.parent
-    folders = [package / "data" / "recipes", package.parent / "recipes"]
-    return {f.stem: f for folder in reversed(folders) for f in sorted(folder.glob("*.yaml"))}
-
-
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise RecipeError(f"{path} is a folder; give the recipe's file")
-    shipped = shipped_recipes()
-    # `recipes/llama2-cpu.yaml` means the shipped recipe, too, where an installed package has no such folder beside it
-    if path.parent in {Path(), Path("recipes")} and path.stem in shipped:
-        return shipped[path.stem]
-    raise RecipeError(f"there is no recipe {path}", hint=did_you_mean(path.stem, shipped, noun="shipped recipes"))
-
-
-def apply_override(data: dict[str, Any], override: str, positions: Positions) -> None:
-    """Set one dotted key, such as `passes.int4.bits=8`. Stages go by name; the value is YAML.
-
-    Raises: RecipeError where the text is not KEY=VALUE or names a stage that is not there.
-    """
-    key, equals, text = override.partition("=")
-    label = f"--set {override}"
-    here = Location(label, 0, 0)
-    if not equals or not key.strip():
-        raise RecipeError("an override is KEY=VALUE, for example evaluate.budget_s=20", location=here)
-    value, _ = parse(text, label)
-    path: list[str | int] = []
-    current: Any = data
-    parts = key.strip().split(".")
-    for part in parts[:-1]:
-        step = _step(current, part, path, here)
-        if isinstance(current, dict):
-            if not isinstance(current.get(step), dict | list):
-                current[str(step)] = {}
-                positions.put((*path, step), here)
-            current = current[str(step)]
-        else:
-            current = current[step]
-        path.append(step)
-    last = _step(current, parts[-1], path, here)
-    if path == ["model"] and last in MODEL_SOURCES:
-        for other in [*MODEL_SOURCES, "revision"]:
-            current.pop(other, None)
-    current[last] = value
-    full = (*path, last)
-    positions.forget(full)
-    positions.put(full, here)
-
-
-def _step(current: Any, part: str, path: list[str | int], here: Location) -> str | int:
-    """The key or index that `part` means inside `current`."""
-    if isinstance(current, dict):
-        return part
-    if not isinstance(current, list):
-        raise RecipeError(f"{'.'.join(map(str, path))} has no keys", location=here)
-    names = [_entry_name(entry) for entry in current]
-    if part in names:
-        return names.index(part)
-    if part.isdigit() and int(part) < len(current):
-        return int(part)
-    raise RecipeError(
-        f"no entry {part!r} in {'.'.join(map(str, path))}", location=here, hint=did_you_mean(part, filter(None, names))
-    )
-
-
-def _entry_name(entry: Any) -> str:
-    return str(entry.get("name") or entry.get("pass") or "") if isinstance(entry, dict) else ""
 
 
 def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
@@ -144,8 +168,12 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
         if name == SOURCE:
             raise RecipeError("the name 'source' is reserved for the untouched model", location=positions.find(where))
         if name in known:
+            first = next(s.index for s in stages if s.name == name)
             raise RecipeError(
-                f"two stages are named {name!r}", location=positions.find(where), hint="give one of them a `name:`"
+                f"two stages are named {name!r}",
+                location=positions.find(where),
+                hint=f"the other is at {positions.find(('passes', first))}; give one of them a `name:`, "
+                "which on a group is the prefix of its stages' names",
             )
         later = [e.name or e.pass_ for e in recipe.passes[i:]]
         for role, stage in {"after": entry.after or before, **entry.inputs}.items():
@@ -182,7 +210,7 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
     return stages
 
 
-def _gates(recipe: RecipeModel, stages: list[Stage], positions: Positions) -> list[Gate]:
+def _gates(recipe: RecipeModel, stages: list[Stage], positions: Positions, elsewhere: Mapping[str, int]) -> list[Gate]:
     known = [SOURCE, *(s.name for s in stages)]
     gates = []
     for i, text in enumerate(recipe.gates):
@@ -193,6 +221,8 @@ def _gates(recipe: RecipeModel, stages: list[Stage], positions: Positions) -> li
             raise RecipeError(str(error), location=where) from None
         if gate.stage not in known:
             hint = did_you_mean(gate.stage, known, noun="stages")
+            if gate.stage in elsewhere:
+                hint = f"cell {elsewhere[gate.stage]} has it; every cell needs the stages of its gates; {hint}"
             raise RecipeError(f"gate {text!r}: there is no stage {gate.stage!r}", location=where, hint=hint)
         if gate.metric not in METRICS:
             raise RecipeError(

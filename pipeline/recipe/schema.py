@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from pipeline.errors import Location
 from pipeline.recipe.positions import Positions
+from pipeline.report.schema import Cell
 
 SOURCE = "source"
 """The first stage: the untouched model."""
@@ -24,7 +25,8 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "==": operator.eq,
 }
-MODEL_SOURCES: tuple[Literal["builtin", "path", "huggingface"], ...] = ("builtin", "path", "huggingface")
+ModelSource = Literal["builtin", "path", "huggingface", "onnx", "architecture"]
+MODEL_SOURCES: tuple[ModelSource, ...] = ("builtin", "path", "huggingface", "onnx", "architecture")
 
 
 class Part(BaseModel):
@@ -33,15 +35,36 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Architecture(BaseModel):
+    """An architecture with random weights. Every key that is not listed here is a field of its configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+    type: str = Field(description="model_type of a causal language model in transformers, such as llama")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the random weights")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of the configuration as they were given."""
+        return dict(self.model_extra or {})
+
+
 class Model(Part):
-    """The model: exactly one of builtin, path, huggingface."""
+    """The model: exactly one of builtin, path, huggingface, onnx, architecture."""
 
     builtin: str | None = Field(None, description="a model that ships with the package, such as llama2-tiny")
     path: str | None = Field(None, description="a model folder, relative to the recipe")
     huggingface: str | None = Field(None, description="a hub id, OWNER/NAME")
+    onnx: str | None = Field(None, description="an ONNX file of a causal language model with a key-value cache")
+    architecture: Architecture | None = Field(
+        None, description="random weights of an architecture: {type: llama, hidden_size: 512, …, seed: 0}"
+    )
     revision: str | None = Field(None, description="the hub's branch, tag or commit")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="data type that the source is loaded and measured in; auto: the checkpoint's own"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run the model's own Python files, which can do anything that you can (path, huggingface)"
     )
 
     @model_validator(mode="after")
@@ -53,15 +76,21 @@ class Model(Part):
             )
         if self.revision is not None and self.huggingface is None:
             raise ValueError("revision goes with huggingface only")
+        if self.trust_remote_code and self.kind not in {"path", "huggingface"}:
+            raise ValueError("trust_remote_code goes with path and huggingface only")
+        if self.dtype != "auto" and self.onnx is not None:
+            raise ValueError("dtype does not go with onnx: a graph says itself what it computes in")
         return self
 
     @property
-    def kind(self) -> Literal["builtin", "path", "huggingface"]:
+    def kind(self) -> ModelSource:
         return next(name for name in MODEL_SOURCES if getattr(self, name) is not None)
 
     @property
     def source(self) -> str:
-        return str(getattr(self, self.kind))
+        """Name, path or id; of an architecture its type."""
+        given = getattr(self, self.kind)
+        return given.type if isinstance(given, Architecture) else str(given)
 
 
 class Entry(BaseModel):
@@ -75,6 +104,30 @@ class Entry(BaseModel):
     inputs: dict[str, str] = Field(default_factory=dict, description="further stages that the pass reads, by role")
     allow_broken: bool = Field(False, description="a broken model does not fail the run")
     timeout_s: float | None = Field(None, gt=0, description="seconds after which the pass is ended; default: never")
+
+
+class GroupEntry(Part):
+    """An entry of `passes` that stands for the entries of another file."""
+
+    group: str = Field(min_length=1, description="a group's file, relative to this one, or the name of a shipped group")
+    name: str | None = Field(None, pattern=NAME, description="prefix of its stages' names: NAME_stage")
+    after: str | None = Field(None, description="the stage that its first entry takes; default: the entry before")
+
+
+class GroupFile(Part):
+    """A list of passes that several recipes use."""
+
+    version: Literal[1] = Field(description="version of this schema")
+    description: str = ""
+    passes: list[dict[str, Any]] = Field(min_length=1, description="entries as in a recipe, groups among them")
+
+
+class Cross(Part):
+    """A matrix of all combinations."""
+
+    cross: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        min_length=1, description="dotted key: its values; the last key varies fastest"
+    )
 
 
 class Workload(Part):
@@ -127,6 +180,17 @@ class RecipeModel(Part):
     gates: list[str] = Field(default_factory=list, description="STAGE.METRIC[{kind selector}] OP NUMBER")
 
 
+class RecipeFile(RecipeModel):
+    """A recipe as a person writes it: with the keys that compose it from several files and variants."""
+
+    extends: str | None = Field(
+        None, description="a recipe that this one changes: its file, relative to this one, or a shipped recipe's name"
+    )
+    matrix: Annotated[list[dict[str, Any]], Field(min_length=1)] | Cross = Field(
+        default_factory=list, description="variants of the recipe: a mapping of dotted keys to values for each cell"
+    )
+
+
 class Stage(Part):
     """An entry with its defaults resolved."""
 
@@ -162,12 +226,23 @@ class Recipe(RecipeModel):
 
     _positions: Positions = PrivateAttr(default_factory=lambda: Positions("recipe"))
     _folder: Path = PrivateAttr(default_factory=Path)
+    _folders: dict[str, Path] = PrivateAttr(default_factory=dict)
     _text: str = PrivateAttr("")
+    _cell: Cell | None = PrivateAttr(None)
 
     @property
     def folder(self) -> Path:
-        """Where relative paths in the recipe start."""
+        """Where relative paths in the recipe's own file start."""
         return self._folder
+
+    def folder_of(self, *path: str | int) -> Path:
+        """Where a relative path at `path` starts: in the folder of the file that says it, which may be a base's."""
+        return self._folders.get(self.location(*path).file, self._folder)
+
+    @property
+    def cell(self) -> Cell | None:
+        """The cell of the matrix that this recipe is; None where there is no matrix."""
+        return self._cell
 
     @property
     def text(self) -> str:

@@ -91,6 +91,7 @@ def build_report(
     draft = Report(
         recipe=recipe.name,
         description=recipe.description,
+        cell=recipe.cell,
         run=run_id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_s=wall_s,

@@ -105,7 +105,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
         (HEAD + "gates: [source.size_bytes]\n", "is not STAGE.METRIC OP NUMBER"),
         (HEAD + "gates: [q.size_bytes < 1]\n", "there is no stage 'q'"),
         (HEAD + "gates: [source.sise_bytes < 1]\n", "did you mean 'size_bytes'?"),
-        ("version: 1\nname: x\nmodel: {}\n", "exactly one of builtin, path, huggingface is needed; given: none"),
+        ("version: 1\nname: x\nmodel: {}\n", "is needed; given: none"),
         ("version: 1\nname: x\nmodel: {builtin: a, path: b}\n", "given: builtin, path"),
         ("version: 1\nname: ../x\nmodel: {builtin: a}\n", "name should match pattern"),
     ],
