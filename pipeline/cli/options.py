@@ -11,6 +11,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. passes.int4.bits=8. May be repeated."),
 ]
+CellOption = Annotated[
+    str | None,
+    typer.Option("--cell", metavar="N|all", help="A cell of the recipe's matrix, from 0, or all. Default: the first."),
+]
 UntilOption = Annotated[
     str | None, typer.Option("--until", metavar="STAGE", help="Only the stages listed up to this one.")
 ]

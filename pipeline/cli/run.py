@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ForceOption, JsonOption, OnlyOption, RecipeArgument, SetOption, UntilOption
+from pipeline.cli.options import CellOption, ForceOption, JsonOption, OnlyOption, RecipeArgument, SetOption, UntilOption
 
 
 def run_verb(
     recipe: RecipeArgument,
     set_: SetOption = None,
+    cell: CellOption = None,
     until: UntilOption = None,
     only: OnlyOption = None,
     no_measure: Annotated[
@@ -26,20 +27,21 @@ def run_verb(
 
     Makes the stages that are not in the store, measures all, and writes runs/NAME/ID/report.json.
     """
+    from pipeline.cli.cells import chosen_recipes, for_each_cell
     from pipeline.cli.live import LiveDisplay
-    from pipeline.cli.output import console, print_json
-    from pipeline.recipe import load_recipe
+    from pipeline.cli.output import console
+    from pipeline.recipe import Recipe
     from pipeline.report.terminal import render
     from pipeline.run import run
 
-    loaded = load_recipe(recipe, set_ or [])
-    with LiveDisplay() as display:
-        result = run(loaded, until=until, only=only, measure=not no_measure, force=force, runs=runs, events=display)
-    if json:
-        print_json(result.report.model_dump(mode="json", by_alias=True))
-    else:
-        render(result.report, console())
-        typer.echo(f"report: {result.folder / 'report.json'}")
-        if result.report.export:
-            typer.echo(f"model:  {result.folder / 'model'}  ({result.report.export})")
-    return result.exit_code
+    def run_one(loaded: Recipe) -> tuple[int, Any]:
+        with LiveDisplay() as display:
+            result = run(loaded, until=until, only=only, measure=not no_measure, force=force, runs=runs, events=display)
+        if not json:
+            render(result.report, console())
+            typer.echo(f"report: {result.folder / 'report.json'}")
+            if result.report.export:
+                typer.echo(f"model:  {result.folder / 'model'}  ({result.report.export})")
+        return result.exit_code, result.report.model_dump(mode="json", by_alias=True)
+
+    return for_each_cell(chosen_recipes(recipe, set_, cell), cell, run_one, json=json)
