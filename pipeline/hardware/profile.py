@@ -22,7 +22,14 @@ _Count = Annotated[int, Field(strict=True, gt=0)]
 _Rate = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 # The fields that hold figures, each of which a profile must account for.
-_FIGURES = ("physical_cores", "logical_cores", "memory_bytes", "bandwidth_gb_per_s", "peak_gflops")
+_FIGURES = (
+    "physical_cores",
+    "logical_cores",
+    "memory_bytes",
+    "bandwidth_gb_per_s",
+    "peak_gflops",
+    "compute_capability",
+)
 
 LOCAL = "local"
 _READ = "read from the operating system"
@@ -39,9 +46,10 @@ class HardwareProfile(BaseModel):
     model: str
     """The maker's name for it, such as 'Intel Core i7-1165G7'."""
     physical_cores: _Count | None = None
+    """Of a CPU. A GPU's profile leaves the cores out: the machine around it is the host, whatever it has."""
     logical_cores: _Count | None = None
     memory_bytes: _Count | None = None
-    """The host's memory for a CPU, the device's for a GPU."""
+    """The host's memory for a CPU, the device's for a GPU (that of the machine around it is the host's own)."""
     bandwidth_gb_per_s: _Rate | None = None
     """Of that memory; GB = 1e9 bytes."""
     peak_gflops: Mapping[DataType, _Rate | None] = {}
@@ -50,6 +58,8 @@ class HardwareProfile(BaseModel):
     """By the names of /proc/cpuinfo: avx2, avx512f, avx512_vnni, avx512_bf16 …"""
     execution_providers: tuple[str, ...] = ()
     """By ONNX Runtime's names: CPUExecutionProvider …"""
+    compute_capability: Annotated[str, Field(strict=True, pattern=r"^[1-9][0-9]*\.[0-9]$")] | None = None
+    """Of an NVIDIA GPU, in quotes: "8.6". It says which arithmetic and which kernels there are."""
     sources: Mapping[str, str] = {}
     """Field -> where its figure comes from or how it is computed; 'peak_gflops' or, one by one, 'peak_gflops.int8'."""
 
@@ -59,6 +69,12 @@ class HardwareProfile(BaseModel):
             raise ValueError(
                 f"logical_cores ({self.logical_cores}) are fewer than physical_cores ({self.physical_cores})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fields_are_the_devices(self) -> Self:
+        if self.device == "cpu" and self.compute_capability is not None:
+            raise ValueError("compute_capability belongs to a profile with device: cuda")
         return self
 
 

@@ -101,6 +101,51 @@ def test_the_figures_of_the_i7_1165g7_follow_from_their_arithmetic() -> None:
     assert "avx512_bf16" not in laptop.instruction_sets
 
 
+def test_the_figures_of_the_xeon_w2235_follow_from_their_arithmetic() -> None:
+    station = load_profile("xeon-w2235")
+    cores, clock_ghz, units = 6, 4.6, 2
+    assert (station.physical_cores, station.logical_cores, station.memory_bytes) == (cores, 12, 64 * GIB)
+    assert station.bandwidth_gb_per_s == pytest.approx(4 * 2933e6 * 8 / 1e9, abs=0.05)
+    assert station.peak_gflops["float32"] == pytest.approx(cores * units * 512 / 32 * 2 * clock_ghz)
+    assert station.peak_gflops["int8"] == pytest.approx(cores * units * 512 / 8 * 2 * clock_ghz)
+    assert station.peak_gflops["bfloat16"] is None
+
+
+GPUS = [name for name in profile_names() if load_profile(name).device == "cuda"]
+
+
+def test_the_gpus_that_people_ask_for_are_there() -> None:
+    assert set(GPUS) >= {"rtx-3090", "a100-40gb", "a100-80gb", "h200"}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_gpus_profile_speaks_of_the_device_and_not_of_the_machine_around_it(name: str) -> None:
+    gpu = load_profile(name)
+    assert gpu.physical_cores is gpu.logical_cores is None
+    assert gpu.instruction_sets == ()
+    assert gpu.execution_providers == ("CUDAExecutionProvider",)
+    assert gpu.memory_bytes and gpu.bandwidth_gb_per_s and gpu.compute_capability
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_dense_rates_of_a_gpu_stand_in_the_ratio_of_its_tensor_cores(name: str) -> None:
+    """Sparse figures in the place of dense ones, or float16 accumulation, would break these."""
+    peaks = load_profile(name).peak_gflops
+    assert peaks["bfloat16"] == peaks["float16"]
+    factor = 4 if name.startswith("rtx") else 2  # consumer cards halve the rate of float32 accumulation
+    assert peaks["int8"] == pytest.approx(factor * (peaks["float16"] or 0), rel=0.002)
+
+
+def test_the_bandwidth_of_gpus_follows_from_bus_and_clock() -> None:
+    for name, bits, gigabits in (("rtx-3090", 384, 19.5), ("a100-40gb", 5120, 2.43), ("a100-80gb", 5120, 3.186)):
+        assert load_profile(name).bandwidth_gb_per_s == pytest.approx(bits * gigabits / 8, rel=0.001)
+
+
+def test_memory_of_gpus_is_what_the_driver_tells() -> None:
+    told = {"rtx-3090": 24576, "a100-40gb": 40960, "a100-80gb": 81920, "h200": 143771}
+    assert {name: (load_profile(name).memory_bytes or 0) / 2**20 for name in told} == told
+
+
 # --- finding
 
 
@@ -221,6 +266,21 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
 
 def test_fewer_logical_than_physical_cores_are_refused(tmp_path: Path) -> None:
     assert "logical_cores (2) are fewer" in refused(written(tmp_path, logical_cores=2)).message
+
+
+@pytest.mark.parametrize("value", [8.6, "8", "sm_86", "0.1"])
+def test_a_compute_capability_is_a_text_of_two_numbers(tmp_path: Path, value: Any) -> None:
+    sources = {**VALID["sources"], "compute_capability": "data sheet"}
+    error = refused(written(tmp_path, device="cuda", compute_capability=value, sources=sources))
+    assert "compute_capability" in str(error)
+
+
+def test_a_compute_capability_needs_a_source_and_a_gpu(tmp_path: Path) -> None:
+    assert "add sources.compute_capability" in str(refused(written(tmp_path, device="cuda", compute_capability="8.6")))
+    sources = {**VALID["sources"], "compute_capability": "data sheet"}
+    assert "device: cuda" in str(refused(written(tmp_path, compute_capability="8.6", sources=sources)))
+    path = written(tmp_path, device="cuda", compute_capability="8.6", sources=sources)
+    assert load_profile(str(path)).compute_capability == "8.6"
 
 
 def test_a_figure_without_a_source_is_refused_where_it_stands(tmp_path: Path) -> None:
