@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pipeline.artifact import Artifact, CacheLayout, Component, FileEntry, Interface, Manifest, TensorRef
     from pipeline.errors import HostError, PipelineError, RecipeError, StageError
-    from pipeline.onnx_model import load_onnx, new_tensor, referenced_tensor, save_onnx
+    from pipeline.onnx_model import load_onnx, new_tensor, referenced_tensor, reshaped_tensor, save_onnx
     from pipeline.plugin import Pass, PassContext, PassParams, Requires
     from pipeline.recipe import load_recipe
     from pipeline.runtime import load_model
@@ -25,7 +25,7 @@ _HOMES = {
     "pydantic": ["Field"],
     "pipeline.artifact": ["Artifact", "CacheLayout", "Component", "FileEntry", "Interface", "Manifest", "TensorRef"],
     "pipeline.errors": ["HostError", "PipelineError", "RecipeError", "StageError"],
-    "pipeline.onnx_model": ["load_onnx", "new_tensor", "referenced_tensor", "save_onnx"],
+    "pipeline.onnx_model": ["load_onnx", "new_tensor", "referenced_tensor", "reshaped_tensor", "save_onnx"],
     "pipeline.plugin": ["Pass", "PassContext", "PassParams", "Requires"],
     "pipeline.recipe": ["load_recipe"],
     "pipeline.runtime": ["load_model"],
@@ -54,6 +54,7 @@ __all__ = [
     "load_recipe",
     "new_tensor",
     "referenced_tensor",
+    "reshaped_tensor",
     "save_onnx",
 ]
 

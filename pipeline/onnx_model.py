@@ -87,6 +87,17 @@ def referenced_tensor(name: str, path: Path, ref: TensorRef, entry: FileEntry) -
     return StoredTensor(name, path, ref.model_copy(update={"file": weights_name(entry)}), entry)
 
 
+def reshaped_tensor(name: str, tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    """The same bytes for another place of the graph that wants another shape; they are stored once."""
+    import onnx_ir as ir
+
+    from pipeline.stored_tensor import StoredTensor
+
+    if not isinstance(tensor, StoredTensor):
+        return ir.Tensor(tensor.numpy().reshape(shape), dtype=tensor.dtype, name=name)
+    return StoredTensor(name, tensor.path, tensor.ref.model_copy(update={"shape": shape}), tensor.entry)
+
+
 def onnx_component(model: ir.Model, output: OutputWriter) -> Component:
     """Write the graph and the initializers that are new, and return the component. `model` is used up.
 

@@ -83,6 +83,12 @@ class Pass(ABC):
         return asked() if callable(asked) else cls.requires
 
     @classmethod
+    def facets(cls, params: PassParams) -> tuple[str, ...]:
+        """Context facets that enter the key with these parameters, which may define `facets` as a method."""
+        asked = getattr(params, "facets", None)
+        return tuple(asked()) if callable(asked) else cls.depends_on
+
+    @classmethod
     def summary(cls) -> str:
         return (cls.__doc__ or "").strip().partition("\n")[0]
 

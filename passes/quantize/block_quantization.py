@@ -6,6 +6,7 @@ The layout is that of the operator com.microsoft.MatMulNBits (ONNX Runtime, docs
     codes        uint8    [N, blocks, block_size * bits / 8]   lower code in the lower bits
     scales       float32  [N, blocks]
     zero_points  uint8    [N, ceil(blocks * bits / 8)]         packed likewise; 2^(bits-1) where there are none
+              or float32  [N, blocks]                          4 bits only, and far slower on CPUs
 
 and weight = (code - zero_point) * scale.
 """
@@ -54,20 +55,18 @@ def quantize_blocks(
 
     def chunk(start: int) -> None:
         part = slice(start, start + step)
-        values = _blocked(weight[part], blocks, block_size)
+        values = blocked(weight[part], blocks, block_size)
         with np.errstate(invalid="ignore"):  # a weight that is not finite shows in its scales
             if zeros is None:
                 found = _symmetric(values, bits, scales[part])
             else:
                 found = _asymmetric(values, bits, scales[part], zeros[part])
-        codes[part] = _pack(found, bits)
+        codes[part] = pack_codes(found, bits)
 
-    _for_each(chunk, range(0, rows, step), threads)
+    for_each(chunk, range(0, rows, step), threads)
     if not np.isfinite(scales).all():
         raise ValueError("the weight holds values that are not finite")
-    if zeros is not None and bits < 8:
-        zeros = _pack(_padded(zeros, 8 // bits), bits)
-    return BlockQuantized(codes, scales, zeros)
+    return BlockQuantized(codes, scales, None if zeros is None else pack_zero_points(zeros, bits))
 
 
 def dequantize_blocks(quantized: BlockQuantized, *, bits: int, columns: int) -> np.ndarray:
@@ -75,15 +74,17 @@ def dequantize_blocks(quantized: BlockQuantized, *, bits: int, columns: int) -> 
     import numpy as np
 
     rows, blocks, _ = quantized.codes.shape
-    codes = _unpack(quantized.codes, bits).astype(np.float32)
+    codes = unpack_codes(quantized.codes, bits).astype(np.float32)
     zeros: np.ndarray | float = float(1 << (bits - 1))
     if quantized.zero_points is not None:
-        zeros = _unpack(quantized.zero_points, bits)[:, :blocks, None].astype(np.float32)
+        stored = quantized.zero_points
+        zeros = stored if stored.dtype.kind == "f" else unpack_codes(stored, bits)[:, :blocks].astype(np.float32)
+        zeros = zeros[..., None]
     weight = (codes - zeros) * quantized.scales[..., None]
     return np.ascontiguousarray(weight.reshape(rows, -1)[:, :columns])
 
 
-def _blocked(rows: np.ndarray, blocks: int, block_size: int) -> np.ndarray:
+def blocked(rows: np.ndarray, blocks: int, block_size: int) -> np.ndarray:
     """float32 [n, blocks, block_size], padded with zeros; a new array."""
     import numpy as np
 
@@ -139,7 +140,7 @@ def _rounded(values: np.ndarray, bits: int) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes along the last axis, 8 / bits to a byte, the first in the lowest bits."""
     if bits == 8:
         return codes
@@ -148,7 +149,8 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     return packed
 
 
-def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+def unpack_codes(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The codes that `pack_codes` packed."""
     import numpy as np
 
     if bits == 8:
@@ -156,13 +158,15 @@ def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def _padded(codes: np.ndarray, multiple: int) -> np.ndarray:
+def pack_zero_points(zeros: np.ndarray, bits: int) -> np.ndarray:
+    """Integer zero points [N, blocks] as the operator takes them."""
     import numpy as np
 
-    return np.pad(codes, ((0, 0), (0, -codes.shape[1] % multiple)))
+    return pack_codes(np.pad(zeros, ((0, 0), (0, -zeros.shape[1] % (8 // bits)))), bits)
 
 
-def _for_each(function: Callable[[int], None], items: range, threads: int) -> None:
+def for_each(function: Callable[[int], None], items: range, threads: int) -> None:
+    """Call `function` with each of the items, on several threads: numpy lets go of the interpreter meanwhile."""
     if threads == 1 or len(items) == 1:
         for item in items:
             function(item)

@@ -2,36 +2,81 @@
 
 from __future__ import annotations
 
-import difflib
-from collections import deque
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from passes.quantize.block_quantization import quantize_blocks
-from pipeline import Artifact, Field, Pass, PassContext, PassParams, PipelineError, load_onnx, new_tensor, save_onnx
+from pydantic import model_validator
+
+from passes.quantize.block_quantization import BlockQuantized, quantize_blocks
+from passes.quantize.calibration import calibration_tokens, observe
+from passes.quantize.gptq import activation_order, inverse_factor, quantize_gptq
+from passes.quantize.hqq import quantize_hqq
+from passes.quantize.k_quant import quantize_k_quant
+from passes.quantize.products import (
+    MICROSOFT,
+    Lookup,
+    Product,
+    add_initializer,
+    excluded,
+    find_head,
+    find_lookups,
+    find_products,
+    register,
+    remove_unused,
+    replace,
+    report_counts,
+    with_bias,
+)
+from pipeline import (
+    Artifact,
+    Field,
+    Pass,
+    PassContext,
+    PassParams,
+    PipelineError,
+    load_onnx,
+    reshaped_tensor,
+    save_onnx,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-DOMAIN = "com.microsoft"
+Method = Literal["rtn", "hqq", "k_quant", "gptq"]
+GPTQ_ONLY = ("samples", "sequence_length", "damping", "act_order")
+HESSIAN_BYTES = 2 << 30
+"""Second moments of inputs that are gathered in one pass over the calibration text; more take further passes."""
+
+WIDTHS = {"int8": 8, "int4": 4}
 
 
 class QuantizeWeights(Pass):
-    """Quantize the weights of matrix multiplications to 4 or 8 bits, round to nearest in blocks (MatMulNBits)."""
+    """Quantize the weights of matrix multiplications to 4 or 8 bits in blocks (MatMulNBits)."""
 
-    name, version = "quantize_weights", 1
+    name, version = "quantize_weights", 2
     accepts, produces = frozenset({"onnx"}), "onnx"
-    libraries = ("numpy", "onnx", "onnx-ir")
+    libraries = ("numpy", "scipy", "onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch")
 
     class Params(PassParams):
-        bits: Literal[4, 8] = Field(4, description="bits of a weight")
+        method: Method = Field(
+            "rtn",
+            description="rtn: round to nearest. hqq: zero points are real numbers, chosen by half-quadratic "
+            "optimization; closer to the weights, but ONNX Runtime on a CPU has no fast kernel for it (about 100 times "
+            "slower). k_quant: scales and zero points by weighted least squares, as llama.cpp does. gptq: errors made "
+            "up for by other weights, as the calibration text needs it",
+        )
+        bits: Literal[4, 8] = Field(4, description="bits of a weight; hqq takes 4")
         block_size: Literal[16, 32, 64, 128, 256] = Field(
             32, description="weights along the input dimension that share a scale; larger is faster and less exact"
         )
-        symmetric: bool = Field(
-            True, description="scales only; false adds a zero point to each block, which fits skewed weights better"
+        symmetric: bool | None = Field(
+            None,
+            description="true: scales only; false adds a zero point to each block, which fits skewed weights better. "
+            "Default: true for rtn and gptq; hqq and k_quant always have zero points",
         )
         accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
             4,
@@ -39,207 +84,288 @@ class QuantizeWeights(Pass):
             "which is the fast one on CPUs",
         )
         exclude: list[str] = Field(
-            default_factory=list, description="weights to leave as they are: names or patterns such as *.down_proj.*"
+            default_factory=list,
+            description="weights to leave as they are: names of weights or nodes, or patterns such as *.down_proj.*",
         )
-        head: bool = Field(True, description="quantize the language model's head, too")
+        head: Literal["same", "keep", "int8", "int4"] = Field(
+            "same",
+            description="the language model's head: same as the rest, keep it as it is, or round it to nearest with "
+            "bits of its own",
+        )
+        embedding: Literal["keep", "int8", "int4"] = Field(
+            "keep",
+            description="the table that token ids are looked up in: keep it as it is, or round it to nearest in blocks "
+            "(GatherBlockQuantized); one that the head shares stays one where both get the same bits",
+        )
+        samples: int = Field(64, ge=1, description="gptq: pieces of the calibration text")
+        sequence_length: int = Field(512, ge=2, description="gptq: tokens of each")
+        damping: float = Field(
+            0.01, gt=0, le=1, description="gptq: share of the mean second moment added to all, for stability"
+        )
+        act_order: bool = Field(False, description="gptq: columns with the largest inputs first")
+
+        @model_validator(mode="after")
+        def _fit_together(self) -> QuantizeWeights.Params:
+            if self.method in ("hqq", "k_quant") and self.symmetric:
+                raise ValueError(f"{self.method} always has zero points: leave `symmetric` out, or use rtn or gptq")
+            if self.method == "hqq" and self.bits != 4:
+                raise ValueError(
+                    f"hqq takes 4 bits, not {self.bits}: MatMulNBits has no kernel for real zero points with others"
+                )
+            if self.method != "gptq":
+                given = [n for n in GPTQ_ONLY if getattr(self, n) != type(self).model_fields[n].default]
+                if given:
+                    raise ValueError(f"{', '.join(given)}: for `method: gptq` only, and this is {self.method}")
+            return self
+
+        def facets(self) -> tuple[str, ...]:
+            return ("calibration_text", "seed") if self.method == "gptq" else ()
+
+        def is_symmetric(self) -> bool:
+            """`symmetric`, or the method's default."""
+            return self.method in ("rtn", "gptq") if self.symmetric is None else self.symmetric
 
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
         """Replace each MatMul or Gemm that has a constant weight by MatMulNBits.
 
-        Raises: PipelineError where a pattern in `exclude` matches no weight, nothing is left to quantize, or a weight
-        holds values that are not finite.
+        Raises: PipelineError where a pattern in `exclude` matches nothing, nothing is left to quantize, a weight holds
+        values that are not finite, the graph has no such embedding, or it cannot be calibrated.
         """
         model = load_onnx(artifact)
         products = find_products(model)
         if not products:
             raise PipelineError("the graph multiplies by no constant float weight: there is nothing to quantize")
-        skipped = _excluded(params.exclude, {product.weight_name for product in products})
-        chosen = [product for product in products if product.weight_name not in skipped]
-        if not params.head:
-            head = _head(model, artifact.interface.outputs.get("logits", "logits"), products)
-            chosen = [product for product in chosen if product.node is not head]
+        lookups = _lookups(model, artifact, params)
+        skipped = excluded(params.exclude, [*products, *lookups])
+        head = None
+        if params.head != "same":
+            head = find_head(model, artifact.interface.outputs.get("logits", "logits"), products)
+            if head is None:
+                raise PipelineError("the graph has no product that yields logits: leave `head` out")
+        chosen = [p for p in products if p.node not in skipped and not (p.node is head and params.head == "keep")]
         if not chosen:
             raise PipelineError(f"all {len(products)} weights are excluded: there is nothing to quantize")
-        done: dict[tuple[str, bool, str], list[ir.Value]] = {}
-        for count, product in enumerate(chosen):
-            context.progress(count / len(chosen), product.weight_name)
-            key = (product.weight_name, product.transposed, str(product.dtype))
-            if key not in done:
-                done[key] = _quantize(product, model, params, context)
-            _replace(product, done[key], params)
-        model.graph.opset_imports[DOMAIN] = 1
-        _remove_unused(model)
+        writer = _Writer(model, params, context)
+        plan = _plan([p for p in chosen if p.node is not head], [p for p in chosen if p.node is head], params)
+        for done, step in enumerate(_solved(plan, artifact, params, context)):
+            context.progress(done / len(chosen), step.product.weight_name)
+            writer.product(step)
+        for lookup in lookups:
+            if lookup.node not in skipped:
+                writer.lookup(lookup, WIDTHS[params.embedding])
+        model.graph.opset_imports[MICROSOFT] = 1
+        remove_unused(model)
+        kind = f"{params.method}, {params.bits} bits in blocks of {params.block_size}"
+        report_counts(context, kind, len(chosen), [p for p in products if p not in chosen])
         return save_onnx(model, context.output, like=artifact)
 
 
 @dataclass(frozen=True)
-class Product:
-    """x · W with a constant W: stored as [N, K] where `transposed`, else as [K, N]."""
+class Step:
+    """A product to replace: by which method, with how many bits, and what quantizes its weight [N, K]."""
 
-    node: ir.Node
-    weight: ir.Value
-    transposed: bool
-    bias: ir.Value | None = None
-
-    @property
-    def weight_name(self) -> str:
-        return str(self.weight.name)
-
-    @property
-    def dtype(self) -> ir.DataType:
-        """Data type of the activations."""
-        import onnx_ir as ir
-
-        found = self.node.inputs[0].dtype if self.node.inputs[0] is not None else None
-        return found or self.node.outputs[0].dtype or ir.DataType.FLOAT
+    product: Product
+    method: Method
+    bits: int
+    solve: Callable[[np.ndarray], BlockQuantized] | None = None
+    """None until the calibration text has been read, for gptq."""
 
 
-def find_products(model: ir.Model) -> list[Product]:
-    """Every product that MatMulNBits can stand for, in the graph's order."""
-    import onnx_ir as ir
+def _plan(rest: list[Product], head: list[Product], params: QuantizeWeights.Params) -> list[Step]:
+    steps = [Step(product, params.method, params.bits) for product in rest]
+    return [*steps, *(Step(product, "rtn", WIDTHS[params.head]) for product in head)]
 
-    found = []
-    for node in model.graph.all_nodes():
-        product = _matmul(node) if node.op_type == "MatMul" else _gemm(node) if node.op_type == "Gemm" else None
-        if product and not node.domain and product.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
-            found.append(product)
+
+def _solved(
+    steps: list[Step], artifact: Artifact, params: QuantizeWeights.Params, context: PassContext
+) -> Iterator[Step]:
+    """The steps with what solves them: those that need the calibration text first, group by group."""
+    yield from _calibrated([step for step in steps if step.method == "gptq"], artifact, params, context)
+    if params.method == "hqq":
+        context.logger.warning("ONNX Runtime has no fast CPU kernel for hqq's zero points: expect slow products")
+    threads, symmetric, block_size = context.threads, params.is_symmetric(), params.block_size
+    for step in steps:
+        bits = step.bits
+        if step.method == "rtn":
+            solve: Callable[..., BlockQuantized] = partial(
+                quantize_blocks, bits=bits, block_size=block_size, symmetric=symmetric, threads=threads
+            )
+        elif step.method == "hqq":
+            solve = partial(quantize_hqq, bits=bits, block_size=block_size)
+        elif step.method == "k_quant":
+            solve = partial(quantize_k_quant, bits=bits, block_size=block_size, threads=threads)
+        else:
+            continue
+        yield dataclasses.replace(step, solve=solve)
+
+
+def _calibrated(
+    steps: list[Step], artifact: Artifact, params: QuantizeWeights.Params, context: PassContext
+) -> Iterator[Step]:
+    """Steps of gptq with what solves them, in groups whose second moments fit HESSIAN_BYTES.
+
+    Each group reads the calibration text through the part of the graph that its inputs need. Weights that were
+    quantized before do not change what later ones see: all inputs are those of the graph as it came.
+
+    Raises: PipelineError where the graph or the text cannot be used to calibrate.
+    """
+    import numpy as np
+
+    if not steps:
+        return
+    tokens = calibration_tokens(artifact, context, samples=params.samples, length=params.sequence_length)
+    by_input: dict[str, list[Step]] = {}
+    for step in steps:
+        by_input.setdefault(str(step.product.input.name), []).append(step)
+    widths = {name: group[0].product.shape[1] for name, group in by_input.items()}
+    for names in _groups(widths):
+        moments = {name: np.zeros((widths[name], widths[name]), np.float32) for name in names}
+        for values in observe(artifact, names, tokens, threads=context.threads, decode=False):
+            for name, value in values.items():
+                x = value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)  # [tokens, K]
+                moments[name] += x.T @ x
+        for name in names:
+            hessian = moments.pop(name)
+            order = activation_order(hessian) if params.act_order else None
+            try:
+                factor = inverse_factor(hessian, damping=params.damping, order=order)
+            except ValueError as error:
+                raise PipelineError(
+                    f"{by_input[name][0].product.weight_name!r} cannot be calibrated: {error}"
+                ) from None
+            del hessian
+            for step in by_input[name]:
+                solve = partial(
+                    quantize_gptq,
+                    factor=factor,
+                    bits=step.bits,
+                    block_size=params.block_size,
+                    symmetric=params.is_symmetric(),
+                    order=order,
+                )
+                yield dataclasses.replace(step, solve=solve)
+
+
+def _groups(widths: dict[str, int]) -> Iterator[list[str]]:
+    """Names in order, in groups of which the matrices [width, width] take at most HESSIAN_BYTES, or one by one."""
+    group: list[str] = []
+    size = 0
+    for name, width in widths.items():
+        own = 4 * width * width
+        if group and size + own > HESSIAN_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += own
+    if group:
+        yield group
+
+
+def _lookups(model: ir.Model, artifact: Artifact, params: QuantizeWeights.Params) -> list[Lookup]:
+    """The embeddings to quantize.
+
+    Raises: PipelineError where there is none, or its rows do not fill whole bytes.
+    """
+    if params.embedding == "keep":
+        return []
+    found = find_lookups(model, artifact.interface.inputs.get("tokens", "input_ids"))
+    if not found:
+        raise PipelineError("the graph looks no token up in a constant float table: leave `embedding` out")
+    for lookup in found:
+        if params.embedding == "int4" and lookup.shape[1] % 2:
+            raise PipelineError(f"the rows of {lookup.weight_name!r} have an odd length: use `embedding: int8`")
     return found
 
 
-def _matmul(node: ir.Node) -> Product | None:
-    weight, transposed = _constant(node.inputs[1])
-    return Product(node, weight, transposed) if weight is not None else None
+class _Writer:
+    """Quantizes weights one at a time, writes them, and puts the operators that take them into the graph."""
 
+    def __init__(self, model: ir.Model, params: QuantizeWeights.Params, context: PassContext) -> None:
+        self._model = model
+        self._params = params
+        self._context = context
+        self._done: dict[tuple[str, bool, str, str, int], list[ir.Value]] = {}
 
-def _gemm(node: ir.Node) -> Product | None:
-    """alpha · A · B + beta · C, where alpha and beta are 1 and A is not transposed."""
-    attributes = node.attributes
-    plain = (
-        attributes.get_float("alpha", 1.0) == 1.0
-        and attributes.get_float("beta", 1.0) == 1.0
-        and not attributes.get_int("transA", 0)
-    )
-    weight, transposed = _constant(node.inputs[1])
-    if not plain or weight is None:
-        return None
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return Product(node, weight, transposed != bool(attributes.get_int("transB", 0)), bias)
+    def product(self, step: Step) -> None:
+        """Replace a product by MatMulNBits."""
+        import onnx_ir as ir
 
+        product, old = step.product, step.product.node
+        assert step.solve is not None
+        weights = self._weights(product, product.dtype, step.method, step.bits, step.solve)
+        count, depth = product.shape
+        attributes = {
+            "K": depth,
+            "N": count,
+            "bits": step.bits,
+            "block_size": self._params.block_size,
+            "accuracy_level": self._params.accuracy_level,
+        }
+        new = ir.node("MatMulNBits", [old.inputs[0], *weights], attributes, domain=MICROSOFT, name=old.name, version=1)
+        replace(old, with_bias(old, new, product.bias))
 
-def _constant(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
-    """(the float matrix that `value` is, seen through casts and transpositions; whether it is transposed)."""
-    transposed = False
-    while value is not None and (node := value.producer()) is not None:
-        if node.domain or node.op_type not in ("Cast", "Identity", "Transpose"):
-            return None, False
-        if node.op_type == "Transpose":
-            permutation = node.attributes.get_ints("perm", (1, 0))
-            if tuple(permutation) not in ((0, 1), (1, 0)):
-                return None, False
-            transposed ^= tuple(permutation) == (1, 0)
-        value = node.inputs[0]
-    tensor = value.const_value if value is not None else None
-    if value is None or tensor is None or value.is_graph_input() or len(tensor.shape) != 2 or not tensor.size:
-        return None, False
-    return (value, transposed) if tensor.dtype.is_floating_point() and tensor.dtype.bitwidth >= 16 else (None, False)
+    def lookup(self, lookup: Lookup, bits: int) -> None:
+        """Replace a Gather by GatherBlockQuantized, whose result is float32 where the table was bfloat16."""
+        import onnx_ir as ir
 
-
-def _excluded(patterns: list[str], names: set[str]) -> set[str]:
-    """The names that some pattern matches.
-
-    Raises: PipelineError where a pattern matches none.
-    """
-    excluded: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            near = difflib.get_close_matches(pattern, sorted(names), n=1, cutoff=0)
-            raise PipelineError(
-                f"exclude: {pattern!r} matches none of the {len(names)} weights", hint=f"the nearest is {near[0]!r}"
-            )
-        excluded |= matched
-    return excluded
-
-
-def _head(model: ir.Model, logits: str, products: list[Product]) -> ir.Node | None:
-    """The product nearest to the logits; what follows it (scaling, soft capping) has no weights of its own."""
-    nodes = {product.node for product in products}
-    waiting = deque(value.producer() for value in model.graph.outputs if value.name == logits)
-    seen = set()
-    while waiting:
-        node = waiting.popleft()
-        if node is None or node in seen:
-            continue
-        if node in nodes:
-            return node
-        seen.add(node)
-        waiting.extend(value.producer() for value in node.inputs if value is not None)
-    return None
-
-
-def _quantize(
-    product: Product, model: ir.Model, params: QuantizeWeights.Params, context: PassContext
-) -> list[ir.Value]:
-    """The inputs B, scales and, where asymmetric, zero_points of MatMulNBits, as new initializers."""
-    assert product.weight.const_value is not None
-    stored = product.weight.const_value.numpy()
-    matrix = stored if product.transposed else stored.T  # [N, K]
-    try:
-        result = quantize_blocks(
-            matrix,
-            bits=params.bits,
-            block_size=params.block_size,
-            symmetric=params.symmetric,
-            threads=context.threads,
+        old, table = lookup.node, Product(lookup.node, lookup.weight, transposed=True)
+        stored = old.outputs[0].dtype or ir.DataType.FLOAT
+        dtype = ir.DataType.FLOAT if stored == ir.DataType.BFLOAT16 else stored
+        size = self._params.block_size
+        solve = partial(
+            quantize_blocks,
+            bits=bits,
+            block_size=size,
+            symmetric=self._params.is_symmetric(),
+            threads=self._context.threads,
         )
-    except ValueError as error:
-        raise PipelineError(f"the weight {product.weight_name!r} cannot be quantized: {error}") from None
-    arrays: dict[str, np.ndarray] = {
-        f"q{params.bits}": result.codes,
-        "scales": result.scales.astype(product.dtype.numpy(), copy=False),
-    }
-    if result.zero_points is not None:
-        arrays["zero_points"] = result.zero_points
-    return [_initializer(model, f"{product.weight_name}.{part}", array, context) for part, array in arrays.items()]
+        codes, *others = self._weights(table, dtype, "rtn", bits, solve)
+        rows, columns = table.shape
+        assert codes.const_value is not None
+        name = f"{codes.name}.rows"
+        if columns % size:  # the operator wants no padding
+            cut = codes.const_value.numpy().reshape(rows, -1)[:, : columns * bits // 8]
+            flat = add_initializer(self._model, name, cut, self._context)
+        else:  # the same bytes
+            shape = (rows, columns * bits // 8)
+            flat = register(self._model, name, reshaped_tensor(name, codes.const_value, shape))
+        new = ir.node(
+            "GatherBlockQuantized",
+            [flat, old.inputs[1], *others],
+            {"gather_axis": 0, "quantize_axis": 1, "block_size": size, "bits": bits},
+            domain=MICROSOFT,
+            name=old.name,
+            version=1,
+        )
+        nodes = [new]
+        if stored != dtype:
+            new.outputs[0].dtype, new.outputs[0].shape = dtype, old.outputs[0].shape
+            new.outputs[0].name = f"{old.outputs[0].name}.{dtype.name.lower()}"
+            nodes.append(ir.node("Cast", [new.outputs[0]], {"to": stored}, name=f"{old.name}.cast"))
+        replace(old, nodes)
 
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray, context: PassContext) -> ir.Value:
-    import onnx_ir as ir
-
-    while name in model.graph.initializers:  # one weight used both ways, [N, K] and [K, N]
-        name += "_"
-    tensor = new_tensor(context.output, name, array)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _replace(product: Product, weights: list[ir.Value], params: QuantizeWeights.Params) -> None:
-    import onnx_ir as ir
-
-    old = product.node
-    assert product.weight.const_value is not None and old.graph is not None
-    rows, columns = product.weight.const_value.shape.numpy()
-    attributes: dict[str, int] = {
-        "K": columns if product.transposed else rows,
-        "N": rows if product.transposed else columns,
-        "bits": params.bits,
-        "block_size": params.block_size,
-        "accuracy_level": params.accuracy_level,
-    }
-    new = ir.node("MatMulNBits", [old.inputs[0], *weights], attributes, domain=DOMAIN, name=old.name, version=1)
-    nodes = [new]
-    if product.bias is not None:
-        nodes.append(ir.node("Add", [new.outputs[0], product.bias], name=f"{old.name}.bias"))
-        new.outputs[0].name = f"{old.outputs[0].name}.product"
-        new.outputs[0].type, new.outputs[0].shape = old.outputs[0].type, old.outputs[0].shape
-    for node in nodes:
-        node.metadata_props.update(old.metadata_props)
-    ir.convenience.replace_nodes_and_values(old.graph, old, [old], nodes, old.outputs, nodes[-1].outputs)
-
-
-def _remove_unused(model: ir.Model) -> None:
-    """Remove the transpositions, casts and weights that nothing reads any more."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    RemoveUnusedNodesPass()(model)
+    def _weights(
+        self,
+        product: Product,
+        dtype: ir.DataType,
+        method: str,
+        bits: int,
+        solve: Callable[[np.ndarray], BlockQuantized],
+    ) -> list[ir.Value]:
+        """The initializers codes, scales and, where there are some, zero points; each weight's only once."""
+        key = (product.weight_name, product.transposed, dtype.name, method, bits)
+        if key not in self._done:
+            try:
+                result = solve(product.matrix())
+            except ValueError as error:
+                raise PipelineError(f"the weight {product.weight_name!r} cannot be quantized: {error}") from None
+            float_type = dtype.numpy()
+            arrays = {f"q{bits}": result.codes, "scales": result.scales.astype(float_type, copy=False)}
+            if result.zero_points is not None:
+                real = result.zero_points.dtype.kind == "f"
+                arrays["zero_points"] = result.zero_points.astype(float_type) if real else result.zero_points
+            self._done[key] = [
+                add_initializer(self._model, f"{product.weight_name}.{part}", array, self._context)
+                for part, array in arrays.items()
+            ]
+        return self._done[key]

@@ -1,0 +1,195 @@
+"""What flows through a graph when it reads the calibration text: inner values, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline import Artifact, PassContext, PipelineError, load_onnx
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+RUN_TOKENS = 1024
+"""Tokens of one run of the graph, in as many sequences as that makes."""
+
+DECODE_STEPS = 4
+"""Single tokens that follow each prompt where a cache is asked for."""
+
+
+def calibration_tokens(artifact: Artifact, context: PassContext, *, samples: int, length: int) -> np.ndarray:
+    """int64 [samples, length]: pieces of the calibration text, chosen by the seed, that do not overlap.
+
+    There are fewer where the text is shorter, and they are shorter where the model is.
+
+    Raises: PipelineError where the artifact has no tokenizer.json or another model's, or the text is too short.
+    """
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    path = artifact.file("tokenizer.json")
+    if path is None:
+        raise PipelineError(
+            "calibration reads text, and the model has no tokenizer.json",
+            hint="put the model's tokenizer.json beside it, or choose a method that needs no calibration",
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise PipelineError(f"the model's tokenizer.json cannot be read: {error}") from error
+    limit = artifact.interface.max_length
+    if limit is not None and limit < length:
+        context.logger.info("the model takes %d tokens at most: samples have %d, not %d", limit, limit, length)
+        length = limit
+    ids = np.array(tokenizer.encode(context.calibration_text, add_special_tokens=False).ids, np.int64)
+    vocabulary = artifact.interface.vocab_size
+    if vocabulary is not None and ids.size and ids.max() >= vocabulary:
+        raise PipelineError(
+            f"the tokenizer gives token {ids.max()} and the model's vocabulary has {vocabulary}",
+            hint="the tokenizer.json beside the model is another model's",
+        )
+    pieces = len(ids) // length
+    if not pieces:
+        raise PipelineError(f"the calibration text gives {len(ids)} tokens, less than one sample of {length}")
+    if pieces < samples:
+        context.logger.info("the calibration text gives %d samples of %d tokens, not %d", pieces, length, samples)
+    chosen = np.random.default_rng(context.seed).permutation(pieces)[:samples]
+    return np.stack([ids[start * length :][:length] for start in np.sort(chosen)])
+
+
+def observe(
+    artifact: Artifact, names: Sequence[str], tokens: np.ndarray, *, threads: int, decode: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """Run the graph over tokens [samples, length] and yield the values of those names, run by run.
+
+    What the names do not need is not computed. With `decode`, each run of prompts is followed by runs of single tokens
+    after the cache that it left, the last of the samples' tokens.
+
+    Raises: PipelineError where the graph takes inputs that tokens alone do not give, or ONNX Runtime refuses it.
+    """
+    graph = _Graph(artifact, names, threads=threads, decode=decode)
+    length = tokens.shape[1]
+    steps = min(DECODE_STEPS, length - 1) if graph.has_cache else 0
+    batch = max(1, RUN_TOKENS // length)
+    for begin in range(0, len(tokens), batch):
+        part = tokens[begin : begin + batch]
+        yield graph.run(part[:, : length - steps], past=0)
+        for place in range(length - steps, length):
+            yield graph.run(part[:, place : place + 1], past=place)
+
+
+class _Graph:
+    """A graph in ONNX Runtime whose outputs are the values asked for and, if wanted, its cache."""
+
+    def __init__(self, artifact: Artifact, names: Sequence[str], *, threads: int, decode: bool) -> None:
+        interface = artifact.interface
+        self._inputs = interface.inputs
+        if "tokens" not in self._inputs:
+            raise PipelineError("calibration reads text, and the graph's interface names no input `tokens`")
+        self._layout = interface.cache
+        pasts = [role for role in self._inputs if role.startswith("past.")]
+        if pasts and self._layout is None:
+            raise PipelineError("the graph's interface has no cache layout")
+        self.has_cache = decode and bool(pasts)
+        self._pasts = {self._inputs[role]: interface.outputs[role.replace("past", "present")] for role in pasts}
+        model = load_onnx(artifact)
+        asked = [*names, *(self._pasts.values() if self.has_cache else ())]
+        _keep_outputs(model, asked)
+        self._names = list(names)
+        self._asked = list(dict.fromkeys(asked))
+        self._logits_to_keep = interface.logits_to_keep
+        self._session, self._weights = _session(model, threads)
+        self._types = {node.name: (node.type, len(node.shape)) for node in self._session.get_inputs()}
+        known = {self._inputs.get(role) for role in ("tokens", "mask", "positions")} | {self._logits_to_keep}
+        if unknown := self._types.keys() - self._pasts.keys() - known:
+            raise PipelineError(f"calibration cannot feed the graph's inputs {', '.join(sorted(unknown))}")
+        self._past: dict[str, np.ndarray] = {}
+
+    def run(self, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
+        """Values for tokens [B, S] after `past` others; an empty past empties the cache."""
+        import numpy as np
+
+        batch, length = tokens.shape
+        given = {
+            "tokens": tokens,
+            "mask": np.ones((batch, past + length)),
+            "positions": np.broadcast_to(np.arange(past, past + length), (batch, length)),
+        }
+        feeds = {self._inputs[role]: array for role, array in given.items() if role in self._inputs}
+        if self._logits_to_keep is not None:
+            feeds[self._logits_to_keep] = np.ones([1] * self._types.get(self._logits_to_keep, ("", 0))[1])
+        feeds = {name: self._integers(name, array) for name, array in feeds.items() if name in self._types}
+        for name in self._pasts:
+            feeds[name] = self._past[name] if past else self._empty(batch)
+        try:
+            values = dict(zip(self._asked, self._session.run(self._asked, feeds), strict=True))
+        except Exception as error:  # the runtime's exceptions share no base of their own
+            raise PipelineError(f"ONNX Runtime failed on the calibration text: {error}") from error
+        if self.has_cache:
+            self._past = {name: values[present] for name, present in self._pasts.items()}
+        return {name: values[name] for name in self._names}
+
+    def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        return np.ascontiguousarray(values, np.int32 if self._types[name][0] == "tensor(int32)" else np.int64)
+
+    def _empty(self, batch: int) -> np.ndarray:
+        import numpy as np
+
+        assert self._layout is not None
+        return np.empty((batch, self._layout.kv_heads, 0, self._layout.head_dim), self._layout.dtype)
+
+
+def _keep_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """Make the values of those names the graph's outputs, and drop what they do not need."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    graph = model.graph
+    found = {str(value.name): value for node in graph for value in node.outputs}
+    found |= {str(value.name): value for value in graph.inputs}
+    del graph.outputs[:]
+    graph.outputs.extend(found[name] for name in dict.fromkeys(names))
+    RemoveUnusedNodesPass()(model)
+
+
+def _session(model: ir.Model, threads: int) -> tuple[Any, list[Any]]:
+    """(session, values that own its mapped weights).
+
+    Nothing is folded or repacked: weights stay where they are mapped, and are cast or transposed one at a time.
+
+    Raises: PipelineError where ONNX Runtime refuses the graph.
+    """
+    import onnx_ir as ir
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False  # it would keep what the casts needed
+    options.log_severity_level = 4  # what is wrong is in the exception
+    if all(node.op_type != "MatMulNBits" for node in model.graph.all_nodes()):  # far slower without
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    names, weights = [], []
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.LazyTensor):
+            continue
+        names.append(name)
+        weights.append(
+            onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.numpy(), int(tensor.dtype))
+            if tensor.dtype == ir.DataType.BFLOAT16
+            else onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        )
+        value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
+    if weights:
+        options.add_external_initializers(names, weights)
+    try:
+        return onnxruntime.InferenceSession(
+            ir.to_proto(model).SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"],
+        ), weights
+    except Exception as error:  # the runtime's exceptions share no base of their own
+        raise PipelineError(f"ONNX Runtime cannot load the graph: {str(error).partition(chr(10))[0]}") from error

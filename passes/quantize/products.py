@@ -1,0 +1,255 @@
+"""Where a graph multiplies by constant weights or looks tokens up in them: found, named, chosen, replaced."""
+
+from __future__ import annotations
+
+import difflib
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from pipeline import PassContext, PipelineError, new_tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
+SHOWN = 3
+"""Names that an error shows as examples."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """x · W with a constant W: stored as [N, K] where `transposed`, else as [K, N]."""
+
+    node: ir.Node
+    weight: ir.Value
+    transposed: bool
+    bias: ir.Value | None = None
+
+    @property
+    def weight_name(self) -> str:
+        return str(self.weight.name)
+
+    @property
+    def node_name(self) -> str:
+        return str(self.node.name)
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Data type of the activations."""
+        import onnx_ir as ir
+
+        found = self.node.inputs[0].dtype if self.node.inputs[0] is not None else None
+        return found or self.node.outputs[0].dtype or ir.DataType.FLOAT
+
+    @property
+    def input(self) -> ir.Value:
+        """x [..., K]."""
+        assert self.node.inputs[0] is not None
+        return self.node.inputs[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        assert self.weight.const_value is not None
+        rows, columns = self.weight.const_value.shape.numpy()
+        return (rows, columns) if self.transposed else (columns, rows)
+
+    def matrix(self) -> np.ndarray:
+        """W as [N, K], mapped from where it is stored."""
+        assert self.weight.const_value is not None
+        stored = self.weight.const_value.numpy()
+        return stored if self.transposed else stored.T
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A Gather of rows of a constant table [V, D] by token ids."""
+
+    node: ir.Node
+    weight: ir.Value
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, D)."""
+        assert self.weight.const_value is not None
+        rows, columns = self.weight.const_value.shape.numpy()
+        return rows, columns
+
+    @property
+    def weight_name(self) -> str:
+        return str(self.weight.name)
+
+    @property
+    def node_name(self) -> str:
+        return str(self.node.name)
+
+
+def find_products(model: ir.Model) -> list[Product]:
+    """Every plain product of float activations by a constant matrix, in the graph's order."""
+    import onnx_ir as ir
+
+    found = []
+    for node in model.graph.all_nodes():
+        product = _matmul(node) if node.op_type == "MatMul" else _gemm(node) if node.op_type == "Gemm" else None
+        if product and not node.domain and product.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            found.append(product)
+    return found
+
+
+def find_lookups(model: ir.Model, tokens: str) -> list[Lookup]:
+    """The tables that the graph's input `tokens` is looked up in. Tables by position are none of them."""
+    found = []
+    for node in model.graph:
+        if node.op_type != "Gather" or node.domain or node.attributes.get_int("axis", 0) != 0:
+            continue
+        weight, transposed = constant_matrix(node.inputs[0])
+        if weight is not None and not transposed and _comes_from(node.inputs[1], tokens):
+            found.append(Lookup(node, weight))
+    return found
+
+
+def find_head(model: ir.Model, logits: str, products: Iterable[Product]) -> ir.Node | None:
+    """The product nearest to the logits; what follows it (scaling, soft capping) has no weights of its own."""
+    nodes = {product.node for product in products}
+    waiting = deque(value.producer() for value in model.graph.outputs if value.name == logits)
+    seen = set()
+    while waiting:
+        node = waiting.popleft()
+        if node is None or node in seen:
+            continue
+        if node in nodes:
+            return node
+        seen.add(node)
+        waiting.extend(value.producer() for value in node.inputs if value is not None)
+    return None
+
+
+def constant_matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """(the float matrix that `value` is, seen through casts and transpositions; whether it is transposed)."""
+    transposed = False
+    while value is not None and (node := value.producer()) is not None:
+        if node.domain or node.op_type not in ("Cast", "Identity", "Transpose"):
+            return None, False
+        if node.op_type == "Transpose":
+            permutation = node.attributes.get_ints("perm", (1, 0))
+            if tuple(permutation) not in ((0, 1), (1, 0)):
+                return None, False
+            transposed ^= tuple(permutation) == (1, 0)
+        value = node.inputs[0]
+    tensor = value.const_value if value is not None else None
+    if value is None or tensor is None or value.is_graph_input() or len(tensor.shape) != 2 or not tensor.size:
+        return None, False
+    return (value, transposed) if tensor.dtype.is_floating_point() and tensor.dtype.bitwidth >= 16 else (None, False)
+
+
+def excluded(patterns: Sequence[str], items: Collection[Product | Lookup]) -> set[ir.Node]:
+    """The nodes of those items whose weight or node some pattern names.
+
+    Raises: PipelineError where a pattern names none.
+    """
+    found: set[ir.Node] = set()
+    for pattern in patterns:
+        matched = {
+            item.node
+            for item in items
+            if fnmatchcase(item.weight_name, pattern) or fnmatchcase(item.node_name, pattern)
+        }
+        if not matched:
+            weights = {item.weight_name for item in items}
+            names = sorted(weights | {item.node_name for item in items if item.node_name})
+            near = difflib.get_close_matches(pattern, names, n=SHOWN, cutoff=0)
+            raise PipelineError(
+                f"exclude: {pattern!r} matches none of the {len(weights)} weights, nor the name of a node",
+                hint=f"the nearest are {', '.join(map(repr, near))}",
+            )
+        found |= matched
+    return found
+
+
+def add_initializer(model: ir.Model, name: str, array: np.ndarray, context: PassContext) -> ir.Value:
+    """A new initializer of that name, or of the first like it that is free; large ones are streamed to disk."""
+    while name in model.graph.initializers:  # one weight used both ways, [N, K] and [K, N]
+        name += "_"
+    return register(model, name, new_tensor(context.output, name, array))
+
+
+def register(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    import onnx_ir as ir
+
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def replace(old: ir.Node, nodes: list[ir.Node]) -> None:
+    """Put `nodes` in the place of `old`; the last one's output takes the place of `old`'s."""
+    import onnx_ir as ir
+
+    assert old.graph is not None
+    for node in nodes:
+        node.metadata_props.update(old.metadata_props)
+    ir.convenience.replace_nodes_and_values(old.graph, old, [old], nodes, old.outputs, nodes[-1].outputs)
+
+
+def with_bias(old: ir.Node, product: ir.Node, bias: ir.Value | None) -> list[ir.Node]:
+    """`product` in the place of `old` and, where there is one, an Add of the bias after it."""
+    import onnx_ir as ir
+
+    if bias is None:
+        return [product]
+    add = ir.node("Add", [product.outputs[0], bias], name=f"{old.name}.bias")
+    product.outputs[0].name = f"{old.outputs[0].name}.product"
+    product.outputs[0].type, product.outputs[0].shape = old.outputs[0].type, old.outputs[0].shape
+    return [product, add]
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Remove the transpositions, casts and weights that nothing reads any more."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+
+
+def report_counts(context: PassContext, kind: str, done: int, items: Collection[Product | Lookup]) -> None:
+    """Log how many of the products were quantized, and which were left.
+
+    `items` are those that were left.
+    """
+    context.logger.info("%d of %d products by a constant weight quantized: %s", done, done + len(items), kind)
+    for item in items:
+        context.logger.info("left as it is: %s (%s)", item.weight_name, item.node_name or item.node.op_type)
+
+
+def _matmul(node: ir.Node) -> Product | None:
+    weight, transposed = constant_matrix(node.inputs[1])
+    return Product(node, weight, transposed) if weight is not None else None
+
+
+def _gemm(node: ir.Node) -> Product | None:
+    """alpha · A · B + beta · C, where alpha and beta are 1 and A is not transposed."""
+    attributes = node.attributes
+    plain = (
+        attributes.get_float("alpha", 1.0) == 1.0
+        and attributes.get_float("beta", 1.0) == 1.0
+        and not attributes.get_int("transA", 0)
+    )
+    weight, transposed = constant_matrix(node.inputs[1])
+    if not plain or weight is None:
+        return None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return Product(node, weight, transposed != bool(attributes.get_int("transB", 0)), bias)
+
+
+def _comes_from(value: ir.Value | None, name: str) -> bool:
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
+            return False
+        value = node.inputs[0]
+    return value is not None and value.name == name
