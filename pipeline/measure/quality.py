@@ -34,6 +34,11 @@ BROKEN_TOP1_AGREEMENT = 0.5
 BROKEN_KL_DIVERGENCE = 0.1
 """Nats. A stage that predicts other tokens than a baseline which hardly prefers any is not broken by that alone."""
 
+BROKEN_RANDOM_AGREEMENT = 0.1
+EQUIVALENT_RANDOM_AGREEMENT = 0.99
+"""Of a model with random weights: its predictions are nearly uniform, so that a wrong stage has nearly its perplexity
+and diverges little from it; which token comes first is all that a wrong stage does not get right."""
+
 EQUIVALENT_PERPLEXITY_RATIO = 1.01
 EQUIVALENT_KL_DIVERGENCE = 0.01
 LEAST_BLOCKS = 8
@@ -104,6 +109,7 @@ def measure_quality(
     text: str,
     logs: Path,
     workload: QualityWorkload | None = None,
+    random_weights: int | None = None,
     on_progress: Callable[[float, str], None] = lambda fraction, message: None,
     start_worker: StartWorker = Worker,
 ) -> QualityMeasurement:
@@ -112,6 +118,9 @@ def measure_quality(
     The text is tokenized by the baseline's tokenizer.json, without special tokens. Where a model is shorter than the
     window, the window shrinks for all, and a note says so. Predictions go through a temporary folder. Where the
     baseline cannot be scored, no stage is, and all have its reason.
+
+    A model with random weights has no tokenizer and no text is likelier to it than another: with `random_weights`, a
+    seed, tokens are drawn evenly from its vocabulary instead, and the verdict rests on agreement alone.
 
     Raises: PipelineError where there is no such baseline, no tokenizer or another model's, or too little text.
     """
@@ -123,7 +132,10 @@ def measure_quality(
     wanted = workload or QualityWorkload()
     wanted, notes = fit_windows(wanted, [stage.artifact for stage in stages])
     window, stride = wanted.window, wanted.stride
-    ids = tokenize(base.artifact, text, limit=wanted.tokens)
+    if random_weights is None:
+        ids = tokenize(base.artifact, text, limit=wanted.tokens)
+    else:
+        ids = seeded_tokens(base.artifact, wanted.tokens, random_weights)
     if len(ids) < window:
         raise PipelineError(f"the evaluation text gives {len(ids)} tokens, less than one window of {window}")
     if len(ids) < wanted.tokens:
@@ -131,6 +143,10 @@ def measure_quality(
     windows = windows_over(len(ids), window=window, stride=stride)
     count = len(ids) - 1
     prompt = tuple(ids[: min(PROMPT_TOKENS, window // 2)])
+
+    def shown(tokens: Sequence[int]) -> str:
+        return decode(base.artifact, tokens) if random_weights is None else " ".join(map(str, tokens))
+
     measured: dict[str, StageQuality] = {}
     failures: dict[str, str] = {}
 
@@ -171,7 +187,11 @@ def measure_quality(
             comparison = None
             if stage is not base:
                 comparison = compare_quality(
-                    nll, np.load(folder / baseline / NLL), scored[stage.name], scored[baseline].sample
+                    nll,
+                    np.load(folder / baseline / NLL),
+                    scored[stage.name],
+                    scored[baseline].sample,
+                    random_weights=random_weights is not None,
                 )
             measured[stage.name] = StageQuality(
                 perplexity=perplexity(nll),
@@ -180,8 +200,8 @@ def measure_quality(
                 kept_tokens=len(kept),
                 window=window,
                 stride=stride,
-                sample_prompt=decode(base.artifact, prompt),
-                sample_text=decode(base.artifact, scored[stage.name].sample),
+                sample_prompt=shown(prompt),
+                sample_text=shown(scored[stage.name].sample),
                 vs_baseline=comparison,
             )
     return QualityMeasurement(stages=measured, failures=failures, notes=notes)
@@ -208,6 +228,20 @@ def tokenize(artifact: Artifact, text: str, *, limit: int) -> list[int]:
             hint="the tokenizer.json beside the model is another model's",
         )
     return ids[:limit]
+
+
+def seeded_tokens(artifact: Artifact, count: int, seed: int) -> list[int]:
+    """`count` token ids, evenly drawn from the artifact's vocabulary.
+
+    Raises: PipelineError where the artifact does not say how large that is.
+    """
+    import numpy as np
+
+    vocabulary = artifact.interface.vocab_size
+    if vocabulary is None:
+        raise PipelineError("the model's interface does not say how large its vocabulary is")
+    drawn: list[int] = np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
+    return drawn
 
 
 def decode(artifact: Artifact, ids: Sequence[int]) -> str:
@@ -246,7 +280,12 @@ def perplexity(nll: np.ndarray) -> float | None:
 
 
 def compare_quality(
-    nll: np.ndarray, baseline_nll: np.ndarray, scored: Scored, baseline_sample: Sequence[int]
+    nll: np.ndarray,
+    baseline_nll: np.ndarray,
+    scored: Scored,
+    baseline_sample: Sequence[int],
+    *,
+    random_weights: bool = False,
 ) -> QualityComparison:
     """A stage's tokens against the baseline's, both as negative log-likelihoods (float64, nats) in the same order."""
     import numpy as np
@@ -264,6 +303,7 @@ def compare_quality(
             kl_divergence=_finite(scored.kl_divergence),
             top1_agreement=scored.top1_agreement,
             identical=identical,
+            random_weights=random_weights,
         ),
     )
 
@@ -318,7 +358,12 @@ def first_divergence(sample: Sequence[int], baseline: Sequence[int]) -> int | No
 
 
 def quality_verdict(
-    *, ratio: RatioInterval, kl_divergence: float | None, top1_agreement: float | None, identical: bool
+    *,
+    ratio: RatioInterval,
+    kl_divergence: float | None,
+    top1_agreement: float | None,
+    identical: bool,
+    random_weights: bool = False,
 ) -> QualityVerdict:
     """What the figures say.
 
@@ -326,9 +371,19 @@ def quality_verdict(
     agree less often than BROKEN_TOP1_AGREEMENT while the divergence exceeds BROKEN_KL_DIVERGENCE. identical: bit for
     bit. equivalent: the upper end of the perplexity ratio's interval is at most EQUIVALENT_PERPLEXITY_RATIO and the
     divergence at most EQUIVALENT_KL_DIVERGENCE. degraded: anything else.
+
+    With random weights the perplexity ratio says nothing: broken is an agreement below BROKEN_RANDOM_AGREEMENT, and
+    equivalent takes one of EQUIVALENT_RANDOM_AGREEMENT.
     """
     if ratio.ratio is None or ratio.high is None or kl_divergence is None or top1_agreement is None:
         return "broken"
+    if random_weights:
+        if identical:
+            return "identical"
+        if top1_agreement < BROKEN_RANDOM_AGREEMENT:
+            return "broken"
+        close = top1_agreement >= EQUIVALENT_RANDOM_AGREEMENT and kl_divergence <= EQUIVALENT_KL_DIVERGENCE
+        return "equivalent" if close else "degraded"
     if ratio.ratio > BROKEN_PERPLEXITY_RATIO:
         return "broken"
     if top1_agreement < BROKEN_TOP1_AGREEMENT and kl_divergence > BROKEN_KL_DIVERGENCE:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.artifact import MAIN_COMPONENT, Artifact, Component, FileEntry, Interface, Manifest, TensorRef
-from pipeline.errors import HostError, PipelineError, RecipeError, did_you_mean
-from pipeline.models.safetensors import read_header
+from pipeline.artifact import MAIN_COMPONENT, Artifact, Component, FileEntry, Interface, Manifest
+from pipeline.errors import RecipeError, did_you_mean
+from pipeline.models.architecture import check_architecture
+from pipeline.models.checkpoint import (
+    COMPANIONS,
+    check_code_files,
+    check_weights,
+    code_files,
+    max_length,
+    read_config,
+    read_weights,
+    resolve_dtype,
+    weight_files,
+)
+from pipeline.models.hub import hub_snapshot
+from pipeline.models.onnx_file import GENAI_CONFIG, onnx_artifact, read_onnx_file
 from pipeline.store import Store
 
 BUILTIN = Path(__file__).parent / "builtin"
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
-INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+TOKENIZER = "tokenizer.json"
+"""What quality is measured with."""
 
-Kind = Literal["builtin", "path", "huggingface"]
+Kind = Literal["builtin", "path", "huggingface", "onnx", "architecture"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,38 @@ class Source:
     folder: Path
     dtype: str
     files: tuple[str, ...]
+    """Relative to `folder`; none where the weights are drawn from a seed."""
     max_length: int | None
     revision: str | None = None
+    format: Literal["torch", "onnx"] = "torch"
+    weights: tuple[str, ...] = ()
+    """Those of `files` that hold weights."""
+    graph: str | None = None
+    """The ONNX file among `files`."""
+    architecture: dict[str, Any] | None = field(default=None)
+    """type, seed and the configuration's fields, where the weights are drawn from a seed."""
+    trust_remote_code: bool = False
 
     def __str__(self) -> str:
         at = f" at {self.revision}" if self.revision else ""
         return f"{self.kind}: {self.name}{at}"
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the files that hold weights; 0 where they are yet to be drawn."""
+        return sum((self.folder / name).stat().st_size for name in self.weights)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return TOKENIZER in self.files
+
+
+def reading_digest(source: Source) -> str | None:
+    """SHA-256 of the sources that make the artifact; None where it says no more than the model's files do."""
+    names = {"onnx": ("onnx_file.py", "onnx_header.py"), "architecture": ("random_weights.py",)}.get(source.kind)
+    if names is None:
+        return None
+    return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in names)).hexdigest()
 
 
 def builtin_names() -> list[str]:
@@ -65,15 +91,28 @@ def calibration_text(name: str = "llama2-tiny") -> Path:
 
 
 def find_source(
-    kind: Kind, name: str, *, relative_to: Path, revision: str | None = None, dtype: str = "auto", download: bool = True
+    kind: Kind,
+    name: str,
+    *,
+    relative_to: Path,
+    revision: str | None = None,
+    dtype: str = "auto",
+    download: bool = True,
+    trust_remote_code: bool = False,
+    architecture: dict[str, Any] | None = None,
 ) -> Source:
     """Find a model's files.
 
-    `relative_to` is the folder that a relative `path` starts from. `download` allows the hub's files to be fetched;
-    without it only those already in the hub's cache are found.
+    `relative_to` is the folder that a relative `path` or `onnx` starts from. `download` allows the hub's files to be
+    fetched; without it only those already in the hub's cache are found. `architecture` holds type, seed and the
+    configuration's fields where `kind` says so.
 
     Raises: RecipeError where there is no such model or it is not usable; HostError where it cannot be fetched.
     """
+    if kind == "onnx":
+        return _onnx_source(name, relative_to)
+    if kind == "architecture":
+        return _architecture_source(name, dict(architecture or {}), dtype)
     if kind == "builtin":
         if name not in builtin_names():
             raise RecipeError(
@@ -84,150 +123,124 @@ def find_source(
         folder = (relative_to / Path(name).expanduser()).resolve()
         if not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise RecipeError(f"model path {folder} {what}", hint="give the folder that holds config.json and weights")
+            onnx = folder.suffix == ".onnx" and folder.exists()
+            hint = "an ONNX file is given as model: {onnx: FILE}" if onnx else None
+            raise RecipeError(
+                f"model path {folder} {what}", hint=hint or "give the folder that holds config.json and weights"
+            )
     else:
-        folder = _hub_snapshot(name, revision, download=download)
+        folder = hub_snapshot(name, revision, download=download, trust_remote_code=trust_remote_code)
         revision = folder.name
-    config = _read_config(folder)
-    weights = _weight_files(folder)
-    for weight in weights:
-        try:
-            read_header((folder / weight).resolve())
-        except PipelineError as error:
-            raise RecipeError(error.message) from None
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    weights = weight_files(folder)
+    tensors = read_weights(folder, weights)
+    check_weights(folder, config, tensors)
     companions = [name for name in COMPANIONS if (folder / name).is_file()]
+    code: list[str] = []
+    if trust_remote_code:
+        check_code_files(folder, config)
+        code = code_files(folder)
     return Source(
         kind=kind,
         name=name,
         folder=folder,
-        dtype=_resolve_dtype(dtype, config, folder / weights[0]),
-        files=(*companions, *weights),
-        max_length=config.get("text_config", config).get("max_position_embeddings"),
+        dtype=resolve_dtype(dtype, config, tensors),
+        files=(*companions, *code, *weights),
+        max_length=max_length(config),
         revision=revision if kind == "huggingface" else None,
+        weights=tuple(weights),
+        trust_remote_code=trust_remote_code,
     )
 
 
 def source_artifact(source: Source, store: Store) -> Artifact:
-    """The model as an artifact of format torch. Nothing is copied.
+    """The model as an artifact. Nothing is copied.
 
-    Raises: RecipeError where config and weights do not fit together; PipelineError where a weight file is damaged.
+    Raises: RecipeError where config and weights do not fit together, or a weight file is damaged; ValueError for an
+    architecture, whose weights a worker has to draw.
     """
-    config = _read_config(source.folder)
+    if source.architecture is not None:
+        raise ValueError(f"the weights of {source} are yet to be drawn")
+    if source.graph is not None:
+        companions = {Path(name).name: source.folder / name for name in source.files if _is_companion(name)}
+        return onnx_artifact(read_onnx_file(source.folder / source.graph, companions), companions, store)
+    config = read_config(source.folder, trust_remote_code=source.trust_remote_code)
     entries = {name: store.reference(source.folder / name) for name in source.files}
-    tensors: dict[str, TensorRef] = {}
-    for name, entry in entries.items():
-        if name.endswith(".safetensors"):
-            header = read_header(Path(str(entry.path)))
-            tensors |= {key: ref.model_copy(update={"file": name}) for key, ref in header.items()}
+    tensors = read_weights(source.folder, list(source.weights))
     text = config.get("text_config", config)
+    execution: dict[str, Any] = {"dtype": source.dtype}
+    if source.trust_remote_code:
+        execution["trust_remote_code"] = True
     manifest = Manifest(
         format="torch",
-        components={MAIN_COMPONENT: Component(format="torch", files=_pick(entries, weights=True), tensors=tensors)},
-        files=_pick(entries, weights=False),
-        interface=Interface(
-            task="causal-lm", vocab_size=text.get("vocab_size"), max_length=text.get("max_position_embeddings")
-        ),
-        execution={"dtype": source.dtype},
+        components={MAIN_COMPONENT: Component(format="torch", files=_pick(entries, source, True), tensors=tensors)},
+        files=_pick(entries, source, False),
+        interface=Interface(task="causal-lm", vocab_size=text.get("vocab_size"), max_length=max_length(config)),
+        execution=execution,
     )
     return Artifact(manifest, store.blobs)
 
 
-def _pick(entries: dict[str, FileEntry], *, weights: bool) -> dict[str, FileEntry]:
-    return {name: entry for name, entry in entries.items() if name.endswith(".safetensors") == weights}
+def _pick(entries: dict[str, FileEntry], source: Source, weights: bool) -> dict[str, FileEntry]:
+    return {name: entry for name, entry in entries.items() if (name in source.weights) == weights}
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{folder} holds no config.json", hint="a model folder is what save_pretrained() of transformers writes"
-        ) from None
-    except ValueError as error:
-        raise RecipeError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{path} is not a JSON object")
-    architectures = config.get("architectures") or []
-    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
-        raise RecipeError(
-            f"{path}: {', '.join(architectures)} is not a causal language model", hint="only causal LMs are supported"
-        )
-    return config
-
-
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise RecipeError(f"{index} is damaged") from None
-        if strange := [name for name in shards if Path(name).name != name]:
-            raise RecipeError(f"{index} names a file outside its folder: {strange[0]}")
-        if missing := [name for name in shards if not (folder / name).is_file()]:
-            raise RecipeError(f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing)}")
-        return shards
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if found:
-        return found
-    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
-        raise RecipeError(
-            f"{folder} holds its weights in {pickles[0]}, a pickle that can run code when it is opened",
-            hint="convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)",
-        )
-    raise RecipeError(f"{folder} holds no weights", hint="expected model.safetensors, or shards and their index")
-
-
-def _resolve_dtype(asked: str, config: dict[str, Any], weights: Path) -> str:
-    if asked != "auto":
-        return asked
-    stated = config.get("dtype") or config.get("torch_dtype")
-    if isinstance(stated, str):
-        return stated
-    counted = Counter(ref.dtype for ref in read_header(weights.resolve()).values())
-    return counted.most_common(1)[0][0] if counted else "float32"
-
-
-def _hub_snapshot(name: str, revision: str | None, *, download: bool) -> Path:
-    """Folder of the hub's snapshot, from its cache where it is there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+def _onnx_source(name: str, relative_to: Path) -> Source:
+    given = relative_to / Path(name).expanduser()
+    path = given.parent.resolve() / given.name  # the file itself may be a link: its data files lie beside it
+    if not path.is_file():
+        if path.is_dir():
+            graphs = sorted(p.name for p in path.glob("*.onnx"))
+            hint = f"give one of its files: {', '.join(graphs[:5])}" if graphs else "give the .onnx file"
+            raise RecipeError(f"{path} is a folder", hint=hint)
+        raise RecipeError(f"there is no file {path}", hint="give the .onnx file of a model, relative to the recipe")
+    home = _companions_folder(path)
+    names = [file for file in (*COMPANIONS, GENAI_CONFIG) if (home / file).is_file()]
+    found = read_onnx_file(path, {file: home / file for file in names})
+    graph = str(path.relative_to(home))
+    data = [_below(file, home) for file in found.data_files]
+    return Source(
+        kind="onnx",
+        name=name,
+        folder=home,
+        dtype=found.interface.cache.dtype if found.interface.cache else "float32",
+        files=(*names, graph, *data),
+        max_length=found.interface.max_length,
+        format="onnx",
+        weights=(graph, *data),
+        graph=graph,
     )
 
-    patterns = [*COMPANIONS, "*.safetensors", INDEX]
-    try:
-        try:
-            found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
-            _read_config(found)
-            _weight_files(found)
-            return found
-        except (LocalEntryNotFoundError, RecipeError):  # not there, or a download that was interrupted
-            if not download:
-                raise
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise HostError(
-            f"the model {name!r} is gated", hint="accept its licence on its page, then log in with `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise RecipeError(f"the model {name!r} has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise RecipeError(
-            f"there is no model {name!r} on the hub, or it is private", hint="a private one needs `hf auth login`"
-        ) from None
-    except HFValidationError as error:
-        raise RecipeError(f"{name!r} is not a hub id (OWNER/NAME): {error}") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        why = "is not in the local cache" if not download else "is not in the local cache and the hub cannot be reached"
-        raise HostError(
-            f"the model {name!r} {why} ({type(error).__name__})",
-            hint="`pipeline run` downloads it"
-            if not download
-            else "download it where there is a network, and give its folder: model: {path: FOLDER}",
-        ) from None
+
+def _companions_folder(path: Path) -> Path:
+    """The graph's folder, or the one above where the graph stands alone in its own, as in MODEL/onnx/model.onnx."""
+    for folder in (path.parent, path.parent.parent):
+        if any((folder / name).is_file() for name in ("config.json", GENAI_CONFIG, TOKENIZER)):
+            return folder
+    return path.parent
+
+
+def _below(file: Path, home: Path) -> str:
+    """The data file's name from `home`; one that a link leads to elsewhere keeps its whole path."""
+    for folder in (home, home.resolve()):
+        if file.is_relative_to(folder):
+            return str(file.relative_to(folder))
+    return str(file)
+
+
+def _is_companion(name: str) -> bool:
+    return Path(name).name in (*COMPANIONS, GENAI_CONFIG)
+
+
+def _architecture_source(kind: str, given: dict[str, Any], dtype: str) -> Source:
+    config = {name: value for name, value in given.items() if name not in ("type", "seed")}
+    check_architecture(kind, config)
+    return Source(
+        kind="architecture",
+        name=kind,
+        folder=Path(),
+        dtype="float32" if dtype == "auto" else dtype,
+        files=(),
+        max_length=max_length(config),
+        architecture={"type": kind, "seed": int(given.get("seed", 0)), "config": config},
+    )
