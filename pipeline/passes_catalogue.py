@@ -6,11 +6,11 @@ import json
 from inspect import cleandoc
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from pipeline.artifact import Frozen
 from pipeline.errors import PipelineError
-from pipeline.plugin import Pass, Registry
+from pipeline.plugin import Registry
 
 
 class Parameter(Frozen):
@@ -55,27 +55,29 @@ def describe_pass(registry: Registry, name: str) -> PassDescription:
         libraries=tuple(found.libraries),
         depends_on=tuple(found.depends_on),
         deterministic=found.deterministic,
-        parameters=tuple(_parameters(found)),
+        parameters=tuple(describe_fields(found.Params)),
     )
 
 
-def _parameters(found: type[Pass]) -> list[Parameter]:
-    schema = found.Params.model_json_schema()
+def describe_fields(model: type[BaseModel]) -> list[Parameter]:
+    """The fields of a model, such as a pass's `Params`, in words."""
+    schema = model.model_json_schema()
     required = set(schema.get("required", ()))
     return [
         Parameter(
             name=name,
             type=_type_in_words(field, schema.get("$defs", {})),
-            default="required" if name in required else _default(found, name),
+            default="required" if name in required else _default(model, name),
             description=field.get("description", ""),
         )
         for name, field in schema.get("properties", {}).items()
     ]
 
 
-def _default(found: type[Pass], name: str) -> str:
-    value = found.Params.model_fields[name].get_default(call_default_factory=True, validated_data={})
-    return json.dumps(TypeAdapter(Any).dump_python(value, mode="json"))
+def _default(model: type[BaseModel], name: str) -> str:
+    field = next(f for n, f in model.model_fields.items() if name in {n, f.alias})
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return json.dumps(TypeAdapter(Any).dump_python(value, mode="json"), ensure_ascii=False)
 
 
 def _type_in_words(field: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -89,7 +91,12 @@ def _type_in_words(field: dict[str, Any], definitions: dict[str, Any]) -> str:
         return " | ".join(_type_in_words(f, definitions) for f in field["anyOf"])
     name = str(field.get("type", "any"))
     if name == "array":
-        return f"list of {_type_in_words(field.get('items', {}), definitions)}"
+        least = ", not empty" if field.get("minItems") == 1 else ""
+        return f"list of {_type_in_words(field.get('items', {}), definitions)}{least}"
+    if name == "object" and isinstance(field.get("additionalProperties"), dict):
+        return f"mapping of name to {_type_in_words(field['additionalProperties'], definitions)}"
+    if name == "object":
+        return "mapping"
     bounds = [f"{sign} {field[key]}" for key, sign in _BOUNDS.items() if key in field]
     return f"{name} {' and '.join(bounds)}" if bounds else name
 

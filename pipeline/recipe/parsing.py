@@ -47,6 +47,7 @@ def parse(text: str, file: str) -> Node | None:
     Raises: RecipeError where the text is not YAML, or not of the safe kind.
     """
     try:
+        _check_depth(text, file)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -59,6 +60,19 @@ def parse(text: str, file: str) -> Node | None:
         raise RecipeError(f"not YAML: {error.problem or error.context}", location=where) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"not YAML: {' '.join(str(error).split())}", location=Location(file, 1, 1)) from None
+
+
+def _check_depth(text: str, file: str) -> None:
+    """Refuse what is nested too deep before it is composed, which recurses in C and would end the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEEPEST:
+            where = Location(file, event.start_mark.line + 1, event.start_mark.column + 1)
+            raise RecipeError(f"mappings and lists are nested more than {DEEPEST} deep", location=where)
 
 
 def to_yaml(value: Any) -> str:

@@ -118,7 +118,7 @@ class GroupFile(Part):
     """A list of passes that several recipes use."""
 
     version: Literal[1] = Field(description="version of this schema")
-    description: str = ""
+    description: str = Field("", description="what it is for, in a line")
     passes: list[dict[str, Any]] = Field(min_length=1, description="entries as in a recipe, groups among them")
 
 
@@ -135,7 +135,7 @@ class Workload(Part):
 
     prompt_lengths: list[Annotated[int, Field(ge=1)]] = Field([128], min_length=1, description="tokens")
     new_tokens: int = Field(64, ge=1, description="decoded tokens after each prompt")
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1, description="sequences at once")
 
 
 class Quality(Part):
@@ -159,8 +159,8 @@ class Evaluation(Part):
     baseline: str = Field(SOURCE, description="the stage that the others are compared with")
     budget_s: float = Field(60.0, gt=0, description="seconds for the speed measurements of all stages together")
     threads: int | None = Field(None, ge=1, description="default: the lesser of the profile's and the host's cores")
-    workload: Workload = Workload()
-    quality: Quality = Quality()
+    workload: Workload = Field(Workload(), description="what speed is measured on")
+    quality: Quality = Field(Quality(), description="what predictions are compared on")
 
 
 class RecipeModel(Part):
@@ -168,15 +168,15 @@ class RecipeModel(Part):
 
     version: Literal[1] = Field(description="version of this schema")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder of its runs")
-    description: str = ""
-    model: Model
+    description: str = Field("", description="what it is for, in a line")
+    model: Model = Field(description="where the model comes from")
     hardware: str = Field("local", description="a profile's name, a path to one, or local: this machine")
     seed: int = Field(
         0, ge=0, lt=2**32, description="for passes that draw random numbers, and for the workload's tokens"
     )
-    passes: list[Entry] = Field(default_factory=list)
+    passes: list[Entry] = Field(default_factory=list, description="the stages after `source`, and groups of them")
     export: str | None = Field(None, description="the stage whose model lands in the run's model/ folder")
-    evaluate: Evaluation = Evaluation()
+    evaluate: Evaluation = Field(Evaluation(), description="how the stages are compared")
     gates: list[str] = Field(default_factory=list, description="STAGE.METRIC[{kind selector}] OP NUMBER")
 
 
