@@ -1,19 +1,35 @@
-"""Runs an ONNX graph of a causal language model with ONNX Runtime."""
+"""Runs an ONNX graph of a causal language model with ONNX Runtime.
+
+Weights are mapped where they lie: ONNX Runtime is given the graph with their files' paths. A graph that was compiled
+(its component has `compiled.json`) runs as it stands, with packed weights mapped as well, on the CPU that it was
+compiled for; on another, ONNX Runtime packs the plain weights that the graph has, too.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline.artifact import MAIN_COMPONENT, ONNX_FILE, Artifact, numpy_dtype
+from pipeline.artifact import ONNX_FILE, Artifact, numpy_dtype
 from pipeline.errors import HostError, PipelineError
+from pipeline.hardware.host import describe_host
 from pipeline.runtime.protocol import ExecutionSpec
 from pipeline.runtime.sequence import Sequence, as_tokens
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+COMPILED_FILE = "compiled.json"
+"""What a compiled graph was compiled for, and its packed weights by name: see passes/compile/compile_onnxruntime.py."""
+
+logger = logging.getLogger("pipeline.runtime")
 
 
 def _installed() -> str:
@@ -36,15 +52,16 @@ class OnnxRuntimeRunner:
     provider is not there.
     """
 
-    version: ClassVar[str] = f"1 onnxruntime {_installed()}"
+    version: ClassVar[str] = f"2 onnxruntime {_installed()}"
 
     def __init__(self, artifact: Artifact, spec: ExecutionSpec) -> None:
         import onnxruntime as ort
 
+        provider = _provider(spec)
         available = ort.get_available_providers()
-        if spec.provider not in available:
+        if provider not in available:
             raise HostError(
-                f"the stage asks for {spec.provider}; this ONNX Runtime has {', '.join(available)}",
+                f"the stage asks for {provider}; this ONNX Runtime has {', '.join(available)}",
                 hint="install the ONNX Runtime package that has it, or choose another profile",
             )
         interface = artifact.interface
@@ -63,12 +80,12 @@ class OnnxRuntimeRunner:
         except KeyError as missing:
             raise PipelineError(f"the graph's interface has no tensor for the role {missing}") from None
 
-        self._session, self._weights = _open_session(artifact, spec)
+        self._session = _open_session(artifact, spec, provider)
         self._types = {node.name: (node.type, node.shape) for node in self._session.get_inputs()}
         unknown = set(self._types) - set(self._inputs.values()) - {self._logits_to_keep}
         if unknown:
             raise PipelineError(f"the interface gives no role to the graph's inputs {', '.join(sorted(unknown))}")
-        self._device = "cuda" if "cuda" in spec.provider.lower() else "cpu"
+        self._device = "cuda" if provider == CUDA else "cpu"
         self.max_length = interface.max_length
         self.vocab_size = interface.vocab_size or self._vocabulary()
         self._sequence = Sequence(self.max_length)
@@ -78,6 +95,7 @@ class OnnxRuntimeRunner:
     def import_libraries(artifact: Artifact) -> None:
         """Import all that loading needs, so that a load time does not count it."""
         import ml_dtypes  # noqa: F401
+        import onnx  # noqa: F401
         import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401
 
@@ -169,29 +187,104 @@ class OnnxRuntimeRunner:
         return shape[-1]
 
 
-def _open_session(artifact: Artifact, spec: ExecutionSpec) -> tuple[Any, list[Any]]:
-    """(session, values that own its mapped weights)."""
+def _provider(spec: ExecutionSpec) -> str:
+    """The execution provider: the one asked for, or for a CUDA device, CUDA's."""
+    return CUDA if spec.device == "cuda" and spec.provider == CPU else spec.provider
+
+
+def _open_session(artifact: Artifact, spec: ExecutionSpec, provider: str) -> Any:
     import onnxruntime as ort
 
-    component = artifact.component
-    if ONNX_FILE not in component.files:
+    if ONNX_FILE not in artifact.component.files:
         raise PipelineError(f"the artifact has no {ONNX_FILE}")
-    name = next((n for n, c in artifact.manifest.components.items() if c is component), MAIN_COMPONENT)
     options = ort.SessionOptions()
     options.intra_op_num_threads = spec.threads
     options.inter_op_num_threads = 1
     # an idle session must not take cores from another that runs
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # files are mapped only if they lie below this folder: with the root, they may lie anywhere
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", Path.cwd().anchor)
     for key, value in spec.options.items():
         options.add_session_config_entry(key, str(value))
-    weights = [_ort_value(artifact.tensor(tensor, name)) for tensor in component.tensors]
-    if weights:
-        options.add_external_initializers(list(component.tensors), weights)
-    graph = artifact.locate(component.files[ONNX_FILE]).read_bytes()
+    compiled = _compiled_for_this_host(artifact, provider)
+    if compiled is not None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    graph = _graph_over_files(artifact, compiled or {})
+    providers = [provider] if provider == CPU else [provider, CPU]
     try:
-        return ort.InferenceSession(graph, options, providers=[spec.provider]), weights
+        return ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
         raise PipelineError(f"ONNX Runtime cannot load the graph: {error}") from error
+
+
+def _compiled_for_this_host(artifact: Artifact, provider: str) -> dict[str, Any] | None:
+    """The packed forms of weights, by weight and entry; None where the graph is not compiled, or not for this host.
+
+    Raises: HostError where the graph has operators that only the CPU that it was compiled for can run.
+    """
+    entry = artifact.component.files.get(COMPILED_FILE)
+    if entry is None:
+        return None
+    record = json.loads(artifact.locate(entry).read_text(encoding="utf-8"))
+    facets = describe_host().facets()
+    here = {
+        "cpu": facets["host.cpu"],
+        "instruction_sets": facets["host.instruction_sets"],
+        "onnxruntime": _installed(),
+    }
+    different = [f"{key} {record[key]} there, {value} here" for key, value in here.items() if record[key] != value]
+    if provider != CPU:
+        different.append(f"{CPU} there, {provider} here")
+    if not different:
+        weights: dict[str, Any] = record["weights"]
+        return weights
+    reason = "; ".join(different)
+    if record["layout"]:
+        raise HostError(
+            f"the graph was compiled for another host: {reason}",
+            hint="run the recipe here, so that it is compiled for this one",
+        )
+    logger.warning("the model was compiled for another host, and loads as if it were not compiled: %s", reason)
+    return None
+
+
+def _graph_over_files(artifact: Artifact, packed: dict[str, Any]) -> bytes:
+    """The graph, its external initializers named by the paths from the root of the files that hold them.
+
+    Raises: PipelineError where it is no graph, or keeps an initializer outside that the manifest does not know.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    component = artifact.component
+    try:
+        model = onnx.load(artifact.locate(component.files[ONNX_FILE]), load_external_data=False)
+    except DecodeError as error:
+        raise PipelineError(f"ONNX Runtime cannot load the graph: {ONNX_FILE} is damaged: {error}") from error
+    paths = {name: artifact.locate(entry).resolve() for name, entry in component.files.items()}
+    for initializer in model.graph.initializer:
+        if initializer.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        name = initializer.name
+        if name not in component.tensors:
+            raise PipelineError(f"{ONNX_FILE} keeps initializer {name!r} outside, and the manifest does not say where")
+        ref = component.tensors[name]
+        path = paths[ref.file]
+        entries = {
+            "location": str(path.relative_to(path.anchor)),
+            "offset": str(ref.offset),
+            "length": str(ref.length),
+        }
+        for entry, form in packed.get(name, {}).items():
+            parts = [component.tensors[part] for part in form["parts"]]
+            if all(part.file == ref.file for part in parts):  # ONNX Runtime takes them from the weight's own file
+                places = zip(parts, form["checksums"], strict=True)
+                entries[entry] = "|".join([form["key"], *(f"{p.offset};{p.length};{c}" for p, c in places)])
+        del initializer.external_data[:]
+        for key, value in entries.items():
+            initializer.external_data.add(key=key, value=value)
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def _ort_value(array: np.ndarray) -> Any:

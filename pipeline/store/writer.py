@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -12,6 +15,9 @@ from pipeline.artifact import FileEntry, TensorRef, safe_name
 
 if TYPE_CHECKING:
     import numpy as np
+
+BLOBS = "blobs"
+"""Where finished blobs wait in a staging folder."""
 
 ALIGNMENT = 4096
 """Tensors begin at multiples of a page, so that each can be mapped by itself."""
@@ -62,7 +68,7 @@ class OutputWriter:
     PACK = "weights/pending"
 
     def __init__(self, staging: Path) -> None:
-        self._folder = staging / "blobs"
+        self._folder = staging / BLOBS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pack: BlobStream | None = None
 
@@ -75,6 +81,16 @@ class OutputWriter:
         stream = BlobStream(self._folder)
         stream.write(data)
         return stream.close()
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for what a library insists on writing to files. It goes away afterwards, and is on the same disk."""
+        with tempfile.TemporaryDirectory(prefix="scratch-", dir=self._folder.parent) as folder:
+            yield Path(folder)
+
+    def stream(self) -> BlobStream:
+        """A file that is written piece by piece; its `close` gives the entry, to be put into a manifest."""
+        return BlobStream(self._folder)
 
     def tensor(self, array: np.ndarray) -> TensorRef:
         """Append a tensor to the pack. The reference's file is `PACK` until `close_pack` names it."""
