@@ -181,6 +181,8 @@ def section(d: PassDescription, found: type[Pass]) -> str:
         enters.append(f"the versions of {', '.join(d.libraries)}")
     if d.depends_on:
         enters.append(f"{', '.join(map(code, d.depends_on))} of the context")
+    if callable(getattr(found.Params, "facets", None)):
+        enters.append("what some of its parameters take from the context: seed, calibration text, profile or host")
     facts.append(f"Into its key enter {'; '.join(enters)}.")
     if not d.deterministic:
         facts.append("Two runs of it differ; the first stored result stands.")
