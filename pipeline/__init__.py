@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
     from pipeline.artifact import Artifact, CacheLayout, Component, FileEntry, Interface, Manifest, TensorRef
     from pipeline.errors import HostError, PipelineError, RecipeError, StageError
+    from pipeline.memory_estimate import ModelSize, Prediction
     from pipeline.onnx_model import load_onnx, new_tensor, referenced_tensor, reshaped_tensor, save_onnx
     from pipeline.plugin import Pass, PassContext, PassParams, Requires
     from pipeline.recipe import load_recipe
     from pipeline.runtime import load_model
+    from pipeline.runtime.torch import checkpoint_folder
 
 __version__ = "0.1.0"
 
@@ -25,10 +27,12 @@ _HOMES = {
     "pydantic": ["Field"],
     "pipeline.artifact": ["Artifact", "CacheLayout", "Component", "FileEntry", "Interface", "Manifest", "TensorRef"],
     "pipeline.errors": ["HostError", "PipelineError", "RecipeError", "StageError"],
+    "pipeline.memory_estimate": ["ModelSize", "Prediction"],
     "pipeline.onnx_model": ["load_onnx", "new_tensor", "referenced_tensor", "reshaped_tensor", "save_onnx"],
     "pipeline.plugin": ["Pass", "PassContext", "PassParams", "Requires"],
     "pipeline.recipe": ["load_recipe"],
     "pipeline.runtime": ["load_model"],
+    "pipeline.runtime.torch": ["checkpoint_folder"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -41,14 +45,17 @@ __all__ = [
     "HostError",
     "Interface",
     "Manifest",
+    "ModelSize",
     "Pass",
     "PassContext",
     "PassParams",
     "PipelineError",
+    "Prediction",
     "RecipeError",
     "Requires",
     "StageError",
     "TensorRef",
+    "checkpoint_folder",
     "load_model",
     "load_onnx",
     "load_recipe",

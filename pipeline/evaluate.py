@@ -139,6 +139,9 @@ class Evaluation:
         asked_for = QualityWorkload(window=wanted.window, stride=wanted.stride, tokens=wanted.tokens)
         workload, notes = fit_windows(asked_for, [stage.artifact for stage in stages])
         baseline = next(s for s in stages if s.name == self.recipe.evaluate.baseline)
+        # no text is likelier than another to a model with random weights: it scores seeded tokens
+        random_weights = self.recipe.seed if self.recipe.model.architecture is not None else None
+        scored_text = text_digest if random_weights is None else f"tokens drawn from seed {random_weights}"
 
         def key(stage: StageToMeasure) -> str:
             return digest_of(
@@ -146,7 +149,7 @@ class Evaluation:
                     "version": QUALITY_VERSION,
                     "quality": [s.artifact.digest for s in (stage, baseline)],
                     "runners": [runner_version(s.artifact.format) for s in (stage, baseline)],
-                    "text": text_digest,
+                    "text": scored_text,
                     "workload": workload.model_dump(),
                     "host": self.plan.host.facets(),
                     "threads": self.plan.threads,
@@ -166,6 +169,7 @@ class Evaluation:
                 text=self.text,
                 logs=self.logs,
                 workload=workload,
+                random_weights=random_weights,
                 on_progress=lambda fraction, message: self.events.measuring(f"quality, {message}"),
             )
         except PipelineError as error:  # a text or a tokenizer that does not do: speed can still be measured

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "pipeline"
 
 FLOORS = [
     ["pipeline", "errors", "artifact", "files", "parent", "hardware", "report.schema", "report.gates"],
-    ["store", "plugin", "stored_tensor", "onnx_model", "models", "runtime"],
-    ["recipe", "measure", "passes_catalogue"],
+    ["store", "plugin", "stored_tensor", "onnx_model", "models", "runtime", "memory_estimate"],
+    ["recipe", "measure", "passes_catalogue", "starter"],
     ["plan"],
     ["execute", "why"],
     ["events", "evaluate"],

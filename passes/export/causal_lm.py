@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline import Artifact, PipelineError
+from pipeline import Artifact, PipelineError, checkpoint_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,16 +41,31 @@ def causal_lm_config(artifact: Artifact) -> Any:
 
     Raises: PipelineError where there is none, its type is unknown or no causal language model, or it is quantized.
     """
+    if artifact.manifest.execution.get("trust_remote_code"):
+        config = _remote_config(artifact)
+    else:
+        config = _known_config(artifact.read_json("config.json"))
+    if getattr(config, "quantization_config", None):
+        raise PipelineError(
+            "the checkpoint is already quantized; only float32, float16 and bfloat16 checkpoints can be exported",
+            hint="start from the original model and quantize it with a pass",
+        )
+    return config
+
+
+def _known_config(data: dict[str, Any]) -> Any:
+    """The configuration of an architecture that transformers knows."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    data = artifact.read_json("config.json")
     kind = data.get("model_type")
     if kind is None:
         raise PipelineError("the model has no config.json with a model_type, so its architecture is unknown")
     if kind not in CONFIG_MAPPING:
         raise PipelineError(
             f"transformers has no architecture {kind!r}",
-            hint="models that bring their own code are never run" if "auto_map" in data else None,
+            hint="it brings its own code; `trust_remote_code: true` under `model:` runs it"
+            if "auto_map" in data
+            else None,
         )
     config = CONFIG_MAPPING[kind].from_dict(data)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -58,12 +73,31 @@ def causal_lm_config(artifact: Artifact) -> Any:
             f"{kind!r} is not a causal language model: transformers has no AutoModelForCausalLM for it",
             hint="export_onnx exports decoder-only language models",
         )
-    if getattr(config, "quantization_config", None):
-        raise PipelineError(
-            "the checkpoint is already quantized; only float32, float16 and bfloat16 checkpoints can be exported",
-            hint="start from the original model and quantize it with a pass",
-        )
     return config
+
+
+def _remote_config(artifact: Artifact) -> Any:
+    """The configuration of a model that may bring its own code."""
+    from transformers import AutoConfig
+
+    with checkpoint_folder(artifact) as folder:
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+        except Exception as error:  # the model's own code
+            raise PipelineError(f"the model's configuration cannot be read: {first_cause(error)}") from error
+
+
+def _model_class(artifact: Artifact, config: Any) -> Any:
+    """The class of the causal language model, the model's own where it brings one that the recipe trusts."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if own is not None and artifact.manifest.execution.get("trust_remote_code"):
+        with checkpoint_folder(artifact) as folder:
+            return get_class_from_dynamic_module(own, str(folder), local_files_only=True)
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple | list) else found
 
 
 def traced_causal_lm(artifact: Artifact, mode: FakeTensorMode) -> CausalLM:
@@ -151,18 +185,14 @@ def _compute_in_float32(module: torch.nn.Module) -> None:
 def _build(artifact: Artifact, stand_in: Callable[[torch.nn.Parameter], torch.nn.Parameter]) -> CausalLM:
     """The model with `stand_in` called for every parameter as soon as it is made, before it takes memory."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config = causal_lm_config(artifact)
     config.use_cache = True
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    cls = found[0] if isinstance(found, tuple | list) else found
-    attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
     try:
+        cls = _model_class(artifact, config)
+        attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
         with _parameters_replaced(stand_in):
-            module = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
-            )
+            module = cls._from_config(config, attn_implementation=attention, dtype=torch.float32)
     except Exception as error:  # a wrong configuration fails anywhere inside transformers
         raise PipelineError(
             f"transformers cannot build the {config.model_type!r} model of this config.json: {first_cause(error)}"

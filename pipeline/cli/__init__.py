@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from pipeline.cli import cache, hardware, passes, plan, report, run, schema, why
+from pipeline.cli import cache, hardware, init, passes, plan, report, run, schema, why
 from pipeline.cli.output import fail
 
 INTERRUPTED = 130
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run_verb)
+app.command("init")(init.init_verb)
 app.command("plan")(plan.plan_verb)
 app.command("why")(why.why_verb)
 app.command("report")(report.report_verb)

@@ -71,12 +71,17 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
             else "a model folder is what save_pretrained() of transformers writes",
         )
     config = read_json(path)
-    _check_code(path, config, trust_remote_code=trust_remote_code)
-    _check_kind(path, config)
+    check_config(str(path), config, trust_remote_code=trust_remote_code)
     return config
 
 
-def _check_code(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
+def check_config(path: str, config: dict[str, Any], *, trust_remote_code: bool) -> None:
+    """Raises: RecipeError where the configuration, which messages call `path`, is of no model that can be used."""
+    _check_code(path, config, trust_remote_code=trust_remote_code)
+    _check_kind(path, config)
+
+
+def _check_code(path: str, config: dict[str, Any], *, trust_remote_code: bool) -> None:
     kind = config.get("model_type")
     known = configurations()
     if trust_remote_code or not known or kind in known:
@@ -94,7 +99,7 @@ def _check_code(path: Path, config: dict[str, Any], *, trust_remote_code: bool) 
         )
 
 
-def _check_kind(path: Path, config: dict[str, Any]) -> None:
+def _check_kind(path: str, config: dict[str, Any]) -> None:
     hint = "only causal language models (decoders) are supported"
     architectures = config.get("architectures") or []
     if architectures and not any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
@@ -134,6 +139,10 @@ def weight_files(folder: Path) -> list[str]:
         raise RecipeError(
             f"{folder} holds its weights in {pickles[0]}, a pickle that can run code when it is opened",
             hint="convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)",
+        )
+    if graphs := sorted(str(p.relative_to(folder)) for p in [*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")]):
+        raise RecipeError(
+            f"{folder} holds no weights for PyTorch", hint=f"it holds {graphs[0]}: model: {{onnx: {graphs[0]}}}"
         )
     raise RecipeError(f"{folder} holds no weights", hint="expected model.safetensors, or shards and their index")
 

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pipeline.artifact import Artifact
+from pydantic import ConfigDict, Field, ValidationError
+
+from pipeline.artifact import Artifact, Frozen
 from pipeline.errors import HostError, PipelineError
+from pipeline.runtime import compile_cache
 from pipeline.runtime.protocol import ExecutionSpec
 from pipeline.runtime.sequence import Sequence, as_tokens
 
@@ -29,15 +32,55 @@ LEAST_SHARE = 0.9
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class TorchRunner:
-    """A causal language model of transformers, in eval mode, with a DynamicCache.
+RECOMPILE_LIMIT = 64
+"""Graphs of one function. Torch would run further shapes uncompiled; here they are an error."""
 
-    Weights whose data type does not change stay mapped from their files.
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+class Compilation(Frozen):
+    """How torch.compile is called on the model without its head."""
+
+    mode: CompileMode = "default"
+    dynamic: bool | None = Field(
+        None,
+        description="None: prompts of all lengths share a graph, single tokens have one; True: batches share them; "
+        "False: one for every shape",
+    )
+    fullgraph: bool = False
+
+
+class Execution(Frozen):
+    """What this runner reads of a manifest's `execution` block, besides the data type."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    compilation: Compilation | None = Field(None, alias="compile")
+    cache: Literal["dynamic", "static"] = "dynamic"
+    max_length: int | None = Field(None, ge=2, description="positions of a static cache; None: as many as the model's")
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Execution:
+        """Raises: PipelineError where the block says what this runner does not know."""
+        try:
+            return cls.model_validate(artifact.manifest.execution)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PipelineError(f"the artifact's execution block: {where}: {first['msg']}") from error
+
+
+class TorchRunner:
+    """A causal language model of transformers, in eval mode; compiled, and with a static cache, as its artifact says.
+
+    Weights whose data type does not change stay mapped from their files. What is compiled is the model without its
+    head, so that the last position's logits and those of all positions come from the same graph; it is compiled when a
+    shape is first met, which `compile_shapes` does beforehand.
 
     Raises: PipelineError where the checkpoint does not load; HostError where its device is not there.
     """
 
-    version: ClassVar[str] = f"1 torch {version('torch')} transformers {version('transformers')}"
+    version: ClassVar[str] = f"2 torch {version('torch')} transformers {version('transformers')}"
 
     def __init__(self, artifact: Artifact, spec: ExecutionSpec) -> None:
         import torch
@@ -50,6 +93,10 @@ class TorchRunner:
             raise PipelineError(f"the torch runner has no options; it was given {', '.join(sorted(spec.options))}")
         torch.set_num_threads(spec.threads)
         self._device = spec.device
+        execution = Execution.of(artifact)
+        self._compilation = execution.compilation
+        if self._compilation is not None:
+            compile_cache.use(compile_cache.artifact_cache(artifact, threads=spec.threads, version=self.version))
         self._model = _load(artifact).eval().requires_grad_(False).to(spec.device)
         config = self._model.config.get_text_config()
         self.vocab_size = int(config.vocab_size)
@@ -57,9 +104,16 @@ class TorchRunner:
         if limit is None:
             raise PipelineError("neither the artifact's interface nor its config.json says how long a sequence may be")
         self.max_length = int(limit)
+        self._static_cache = execution.cache == "static"
+        if self._static_cache and execution.max_length is not None:
+            self.max_length = min(self.max_length, execution.max_length)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._sequence = Sequence(self.max_length)
         self._cache: Any = None
+        self._static_caches: dict[int, Any] = {}  # by batch: each is allocated once
+        self._compile_errors: tuple[type[Exception], ...] = ()
+        if self._compilation is not None:
+            self._compile_errors = _compile(self._model, self._compilation)
 
     @staticmethod
     def import_libraries(artifact: Artifact) -> None:
@@ -72,7 +126,7 @@ class TorchRunner:
         from transformers import AutoModelForCausalLM
 
         with checkpoint_folder(artifact) as folder, torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_config(folder), trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(_config(folder, artifact), trust_remote_code=trusts_code(artifact))
         model.tie_weights()
         tensors = {n: t for part in artifact.manifest.components.values() for n, t in part.tensors.items()}
         for name, parameter in model.named_parameters():
@@ -85,6 +139,38 @@ class TorchRunner:
         held = sum(prod(t.shape) for t in tensors.values())
         if held < described * LEAST_SHARE:
             raise PipelineError(f"config.json describes {described:,} parameters and the weights hold {held:,}")
+        if Execution.of(artifact).compilation is not None:
+            compile_cache.prepare_toolchain()
+
+    @classmethod
+    def forget_compiled(cls, artifact: Artifact, spec: ExecutionSpec) -> bool:
+        """Drop what earlier processes compiled of the artifact, so that the next load is cold; whether any was."""
+        if Execution.of(artifact).compilation is None:
+            return False
+        return compile_cache.forget(compile_cache.artifact_cache(artifact, threads=spec.threads, version=cls.version))
+
+    @property
+    def compilations(self) -> int:
+        """Graphs that this process has compiled: where it grows during a call, the call's time says nothing."""
+        if self._compilation is None:
+            return 0
+        from torch._dynamo.utils import counters
+
+        return int(counters["stats"]["unique_graphs"])
+
+    def compile_shapes(self, batch: int, prompt: int) -> None:
+        """Compile what prompts [batch, prompt] and the single tokens after them need; nothing without `compile`.
+
+        Raises: PipelineError where they are longer than the model takes, or torch cannot compile it.
+        """
+        import numpy as np
+
+        if self._compilation is None:
+            return
+        self.prefill(np.zeros((batch, prompt), np.int64))
+        for _ in range(min(2, self.max_length - prompt)):  # with a growing cache, the second is compiled again
+            self.decode(np.zeros((batch, 1), np.int64))
+        self.reset()
 
     def prefill(self, tokens: ArrayLike) -> np.ndarray:
         """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""
@@ -125,17 +211,69 @@ class TorchRunner:
         """Logits [B, C, V] of these tokens after what the cache holds; the last `keep`, or all where it is 0."""
         import numpy as np
         import torch
-        from transformers import DynamicCache
 
         if self._cache is None:
-            self._cache = DynamicCache(config=self._model.config)
+            self._cache = self._empty_cache(len(tokens))
         extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         with torch.inference_mode():
             ids = torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device)
-            output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **extra)
+            if self._compilation is not None and self._compilation.dynamic is None:
+                self._mark_lengths(ids)
+            try:
+                output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **extra)
+            except self._compile_errors as error:
+                assert self._compilation is not None
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                raise PipelineError(
+                    f"torch cannot compile the model for tokens {list(ids.shape)}: {lines[0]}",
+                    hint="`fullgraph: false` lets torch leave parts uncompiled"
+                    if self._compilation.fullgraph
+                    else None,
+                ) from error
             # the copy to the host waits for the device
             logits: np.ndarray = output.logits.to(torch.float32).cpu().numpy()
         return logits
+
+    def _empty_cache(self, batch: int) -> Any:
+        """A cache without positions. A static one is allocated once for each batch and emptied after that."""
+        import torch
+        from transformers import DynamicCache, StaticCache
+
+        if not self._static_cache:
+            return DynamicCache(config=self._model.config)
+        cache = self._static_caches.get(batch)
+        if cache is None:
+            cache = StaticCache(config=self._model.config, max_cache_len=self.max_length)
+            # one token, uncompiled, shows each layer the shapes that it has to keep
+            with torch.compiler.set_stance("force_eager"), torch.no_grad():
+                token = torch.zeros((batch, 1), dtype=torch.int64, device=self._device)
+                self._model(input_ids=token, past_key_values=cache, use_cache=True)
+            self._static_caches[batch] = cache
+        cache.reset()
+        return cache
+
+    def _mark_lengths(self, ids: Any) -> None:
+        """Tell torch that the length of a prompt, and of a cache that grows, is not to be taken for a constant."""
+        import torch
+
+        if ids.shape[1] > 1:
+            torch._dynamo.maybe_mark_dynamic(ids, 1)
+        if not self._static_cache:
+            for layer in self._cache.layers:
+                for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                    if tensor is not None and tensor.dim() == 4:
+                        torch._dynamo.maybe_mark_dynamic(tensor, 2)
+
+
+def _compile(model: Any, how: Compilation) -> tuple[type[Exception], ...]:
+    """Have the model without its head compiled when it is first called; the errors by which torch says it cannot."""
+    import torch
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    model.base_model.compile(mode=how.mode, dynamic=how.dynamic, fullgraph=how.fullgraph)
+    return TorchDynamoException, FailOnRecompileLimitHit
 
 
 def _load(artifact: Artifact) -> Any:
@@ -151,10 +289,10 @@ def _load(artifact: Artifact) -> Any:
         try:
             model, notes = AutoModelForCausalLM.from_pretrained(
                 folder,
-                config=_config(folder),
+                config=_config(folder, artifact),
                 dtype=dtype,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=trusts_code(artifact),
                 use_safetensors=True,
                 output_loading_info=True,
             )
@@ -166,11 +304,16 @@ def _load(artifact: Artifact) -> Any:
     return model
 
 
-def _config(folder: Path) -> Any:
+def trusts_code(artifact: Artifact) -> bool:
+    """Whether the recipe lets the Python files that the model brings run."""
+    return bool(artifact.manifest.execution.get("trust_remote_code", False))
+
+
+def _config(folder: Path, artifact: Artifact) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts_code(artifact))
     except (ValueError, KeyError, OSError) as error:
         raise PipelineError(f"transformers cannot read config.json: {error}") from error
 
@@ -184,7 +327,8 @@ def checkpoint_folder(artifact: Artifact) -> Iterator[Path]:
     """
     component = artifact.component
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
-        folder = Path(name)
+        folder = Path(name) / "model"  # transformers keeps copies of a model's code by this name
+        folder.mkdir()
         for file, entry in {**artifact.manifest.files, **component.files}.items():
             link = folder / file
             link.parent.mkdir(parents=True, exist_ok=True)
