@@ -76,7 +76,7 @@ class DigestMemory:
             remembered = json.loads(entry.read_text())
             if remembered["identity"] == identity:
                 return str(remembered["digest"])
-        except (OSError, ValueError, KeyError):  # not seen before, or a damaged entry: read the file
+        except (OSError, ValueError, KeyError, TypeError):  # not seen before, or a damaged entry: read the file
             remembered = None
         began = time.time_ns()
         digest = sha256_of(path)
@@ -90,6 +90,10 @@ class DigestMemory:
         """Record a digest that was computed while the file was written, by the only one who writes it."""
         identity, entry = self._identity(path)
         write_atomically(entry, json.dumps({"identity": identity, "digest": digest}).encode())
+
+    def forget(self, path: Path) -> None:
+        """Have the file at `path` read when it is next asked for."""
+        self._identity(path)[1].unlink(missing_ok=True)
 
     def _identity(self, path: Path) -> tuple[str, Path]:
         stat = path.stat()

@@ -22,6 +22,7 @@ from pipeline.plugin import Pass, PassParams, Registry, code_digest
 from pipeline.recipe import Recipe, Stage, validate
 from pipeline.recipe.schema import SOURCE
 from pipeline.store import Store
+from pipeline.store.room import too_little_room
 
 Status = Literal["cached", "will run", "may hit", "cannot run"]
 
@@ -44,6 +45,7 @@ class PlannedStage(Frozen):
     produces: str
     deterministic: bool = True
     timeout_s: float | None = Field(None, description="seconds after which the pass is ended")
+    writes_bytes: int | None = Field(None, description="of weights that the stage is expected to write; None: unknown")
     status: Status
     reason: str = ""
     artifact: str | None = Field(None, description="digest, where it is known already")
@@ -136,7 +138,11 @@ def make_plan(
         host=host,
         threads=recipe.evaluate.threads or min(cores),
         notes=tuple(_differences(profile, host)),
-        obstacles=tuple(obstacles + _device_obstacles(profile, host)),
+        obstacles=tuple(
+            obstacles
+            + ([] if force else _disk_obstacles(tuple(planned.values()), source, store))
+            + _device_obstacles(profile, host)
+        ),
     )
 
 
@@ -287,6 +293,8 @@ def _status(
     if lacking := _lacking(found, params, host):
         return "cannot run", lacking, None
     changing = next((need.name for need in needs if need.artifact is None), None)
+    if damage := store.damage(key):
+        return "will run", f"in the store, {damage}", None
     if changing and store.may_hit(own):
         return "may hit", f"cached if {changing} comes out as before", None
     return "will run", f"{changing} runs first" if changing else "not in the store", None
@@ -324,6 +332,18 @@ def _memory_obstacles(source: Source, host: Host) -> list[str]:
         return []
     needed = f"the model's weights take {weights / 1e9:.1f} GB"
     return [f"{needed} and {free / 1e9:.1f} GB of memory are free; --force tries"]
+
+
+def _disk_obstacles(stages: Sequence[PlannedStage], source: Source, store: Store) -> list[str]:
+    """Each stage that is to run has to find room in the store; one of unknown size writes as much as its parent has."""
+    found = []
+    for stage in stages:
+        if stage.parent is None or stage.status not in {"will run", "may hit"}:
+            continue
+        need = source.weights_bytes if stage.writes_bytes is None else stage.writes_bytes
+        if lacking := too_little_room(store, need):
+            found.append(f"{stage.name}: {lacking}")
+    return found
 
 
 def _differences(profile: HardwareProfile, host: Host) -> list[str]:

@@ -28,6 +28,7 @@ from pipeline.report.folder import LATEST, REPORT
 from pipeline.report.schema import Report
 from pipeline.store import Store, default_store_path
 from pipeline.store.folder import materialize
+from pipeline.store.roots import register_run
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ def run(
     plan = _plan(recipe, source, store, host, until=until, only=only, force=force)
     plan.require_runnable()
     events.plan_made(plan)
-    with _RunFolder(runs, recipe.name) as folder:
+    home = _RunFolder(runs, recipe.name)
+    with store.lease(home.path), home as folder:
         results = execute(
             plan,
             source=source,
             store=store,
+            force=force,
             on_start=events.stage_started,
             on_progress=events.stage_progress,
             on_end=events.stage_ended,
@@ -119,6 +122,8 @@ def run(
         )
         export = _choose_export(recipe, plan, report)
         notes, code = report.notes, exit_code(recipe, report)
+        if any(result.host_lacks for result in results.values()):
+            code = HostError.exit_code
         if export is not None:
             try:
                 materialize(artifacts[export], folder.path / "model")
@@ -127,6 +132,7 @@ def run(
         changes = {"export": export, "notes": notes, "wall_s": time.monotonic() - began}
         report = report.model_copy(update=changes)
         _write(folder.path, recipe, plan, measured, report)
+        register_run(store, folder.finished, recipe.name, {name: a.digest for name, a in artifacts.items()})
     return RunResult(report=report, folder=folder.finished, exit_code=code)
 
 
@@ -219,7 +225,7 @@ def _artifacts(results: Mapping[str, StageResult], store: Store) -> dict[str, Ar
 
 def _choose_export(recipe: Recipe, plan: Plan, report: Report) -> str | None:
     """The stage to export: the recipe's, else the last leaf that is not broken. None where it has no artifact."""
-    whole = {s.name for s in report.stages if s.artifact is not None and s.status != "unmeasured"}
+    whole = {s.name for s in report.stages if s.artifact is not None and s.status in {"ran", "cached"}}
     if recipe.export is not None:
         return recipe.export if recipe.export in whole else None
     parents = {name for s in plan.stages for name in (s.parent, *s.inputs.values())}

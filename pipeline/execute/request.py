@@ -16,7 +16,7 @@ class Request(Frozen):
     stage: str
     pass_name: str
     params: dict[str, Any]
-    artifact: Manifest
+    artifact: Manifest | None  # None for the source, whose weights are drawn from a seed
     inputs: dict[str, Manifest]
     facets: dict[str, Any]
     threads: int
@@ -28,7 +28,7 @@ class Failure(Frozen):
 
     message: str
     hint: str | None = None
-    expected: bool  # False: an exception that the pass did not mean for its user
+    disk_full: bool = False
 
 
 class Answer(Frozen):

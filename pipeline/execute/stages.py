@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal
@@ -20,16 +21,28 @@ from pydantic import ValidationError
 
 from pipeline.artifact import Frozen, Lineage, Manifest
 from pipeline.errors import StageError
-from pipeline.execute.request import REQUEST, RESULT, Answer, Request
+from pipeline.execute.ending import how_it_died, oom_kills, where_it_was
+from pipeline.execute.request import REQUEST, RESULT, Answer, Failure, Request
 from pipeline.measure.memory import MemorySampler
 from pipeline.models import Source, source_artifact
 from pipeline.parent import worker_environment
 from pipeline.plan import Plan, PlannedStage, inputs_digest
 from pipeline.recipe.schema import SOURCE
 from pipeline.store import StageRecord, Store
+from pipeline.store.room import DISK_FULL, disk_is_full, free_bytes, too_little_room
 
 Progress = Callable[[str, float, str], None]
 """Called with a stage's name, how far it is from 0 to 1, and what it does."""
+
+
+DUMP_SIGNAL = signal.SIGUSR1
+"""Has a worker write its Python stacks into the log."""
+
+LEAST_ROOM_BYTES = 1_000_000
+"""With less than this free on the disk, a worker that ended without a word ended for that."""
+
+DUMP_S = 1.0
+"""How long a worker that took too long has for that."""
 
 
 class Cost(Frozen):
@@ -49,6 +62,17 @@ class StageResult(Frozen):
     artifact: str | None = None
     cost: Cost = Cost()
     log: str | None = None
+    host_lacks: bool = False
+    """It failed for want of room on this host's disk, and not through the pass."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How a worker ended: with an answer, or else why without one."""
+
+    answer: Answer | None
+    cost: Cost
+    died: str = ""
 
 
 def execute(
@@ -56,32 +80,58 @@ def execute(
     *,
     source: Source,
     store: Store,
+    force: bool = False,
     on_start: Callable[[str], None] = lambda name: None,
     on_progress: Progress = lambda name, fraction, message: None,
     on_end: Callable[[StageResult], None] = lambda result: None,
 ) -> dict[str, StageResult]:
     """Run every stage of the plan in order. A stage that fails stops those made from it, and no other.
 
+    `force`: try stages that the disk has likely too little room for.
+
     Raises: KeyboardInterrupt after the running worker was ended; what was finished stays in the store.
     """
     results: dict[str, StageResult] = {}
-    for stage in plan.stages:
-        needs = [n for n in (stage.parent, *stage.inputs.values()) if n is not None]
-        broken = next((n for n in needs if results[n].artifact is None), None)
-        if broken:
-            reason = f"{broken} {results[broken].status}"
-            results[stage.name] = StageResult(name=stage.name, status="skipped", reason=reason)
-        else:
-            on_start(stage.name)
-            if stage.name == SOURCE:
-                results[stage.name] = _source(plan, stage, source, store)
+    with store.lease():
+        for stage in plan.stages:
+            needs = [n for n in (stage.parent, *stage.inputs.values()) if n is not None]
+            broken = next((n for n in needs if results[n].artifact is None), None)
+            if broken:
+                reason = f"{broken} {results[broken].status}"
+                results[stage.name] = StageResult(name=stage.name, status="skipped", reason=reason)
             else:
-                try:
-                    results[stage.name] = _stage(plan, stage, results, store, on_progress)
-                except StageError as error:
-                    results[stage.name] = StageResult(name=stage.name, status="failed", reason=str(error))
-        on_end(results[stage.name])
+                on_start(stage.name)
+                damage = store.damage(stage.key)
+                result = _run(plan, stage, results, source=source, store=store, force=force, on_progress=on_progress)
+                if damage and result.status == "ran":
+                    result = result.model_copy(update={"reason": f"made again: in the store, {damage}"})
+                results[stage.name] = result
+            on_end(results[stage.name])
     return results
+
+
+def _run(
+    plan: Plan,
+    stage: PlannedStage,
+    results: dict[str, StageResult],
+    *,
+    source: Source,
+    store: Store,
+    force: bool,
+    on_progress: Progress,
+) -> StageResult:
+    """One stage. A full disk is its failure; whatever else the operating system refuses is not expected here."""
+    try:
+        if stage.name == SOURCE and source.architecture is None:  # else its weights are drawn, by a worker
+            return _source(plan, stage, source, store)
+        return _stage(plan, stage, results, store, on_progress, force=force)
+    except StageError as error:
+        return StageResult(name=stage.name, status="failed", reason=str(error))
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        reason = disk_is_full(store, str(error))
+        return StageResult(name=stage.name, status="failed", reason=reason, host_lacks=True)
 
 
 def _source(plan: Plan, stage: PlannedStage, source: Source, store: Store) -> StageResult:
@@ -99,12 +149,22 @@ def _source(plan: Plan, stage: PlannedStage, source: Source, store: Store) -> St
 
 
 def _stage(
-    plan: Plan, stage: PlannedStage, results: dict[str, StageResult], store: Store, on_progress: Progress
+    plan: Plan,
+    stage: PlannedStage,
+    results: dict[str, StageResult],
+    store: Store,
+    on_progress: Progress,
+    *,
+    force: bool,
 ) -> StageResult:
-    parent = str(results[str(stage.parent)].artifact)
+    parent = str(results[stage.parent].artifact) if stage.parent else ""
     inputs = {role: str(results[name].artifact) for role, name in stage.inputs.items()}
     contents = inputs_digest(parent, inputs)
-    with store.lock(stage.key):  # another run may be making it right now: then it is there when we get the lock
+
+    def waiting() -> None:
+        on_progress(stage.name, 0.0, "another run is making it: waiting for that")
+
+    with store.lock(stage.key, on_wait=waiting):  # once we have it, what another run was making is there
         record = store.stage_record(stage.key) or store.record_by_content(stage.own, contents)
         if record:
             if record.key != stage.key:
@@ -112,18 +172,15 @@ def _stage(
                 _index(plan, stage, record.artifact, inputs=contents, cost=cost, store=store)
                 _copy_log(store, record.key, stage.key)
             return _cached(stage, record, store)
+        if not force and (lacking := too_little_room(store, _needed_bytes(stage, parent, store))):
+            return StageResult(name=stage.name, status="failed", reason=lacking, host_lacks=True)
         with store.staging() as staging:
             log = store.log_path(stage.key)
-            answer, cost, died = _work(
-                plan, stage, parent, inputs, store=store, staging=staging, log=log, on_progress=on_progress
-            )
-            if answer is None or answer.manifest is None:
-                failure = answer.failure if answer else None
-                reason = died
-                if failure is not None:
-                    reason = failure.message + (f" ({failure.hint})" if failure.hint else "")
-                return StageResult(name=stage.name, status="failed", reason=reason, cost=cost, log=str(log))
-            manifest = _with_lineage(answer.manifest, stage, (parent, *inputs.values()))
+            ended = _work(plan, stage, parent, inputs, store=store, staging=staging, log=log, on_progress=on_progress)
+            if ended.answer is None or ended.answer.manifest is None:
+                return _failed(stage, ended, store, log)
+            cost = ended.cost
+            manifest = _with_lineage(ended.answer.manifest, stage, tuple(filter(None, (parent, *inputs.values()))))
             try:
                 artifact = store.publish(staging, manifest)
             except StageError as error:
@@ -142,19 +199,23 @@ def _work(
     staging: Path,
     log: Path,
     on_progress: Progress,
-) -> tuple[Answer | None, Cost, str]:
-    """Run the pass in a process of its own: (its answer, its cost, why there is no answer)."""
+) -> _Ended:
+    """Run the pass in a process of its own, for as long as the recipe lets it."""
+    import psutil
+
     request = Request(
         stage=stage.name,
         pass_name=stage.pass_name,
         params=stage.params,
-        artifact=_manifest(store, parent),
+        artifact=_manifest(store, parent) if parent else None,
         inputs={role: _manifest(store, digest) for role, digest in inputs.items()},
         facets=stage.facets,
         threads=plan.threads,
         blobs=str(store.blobs),
     )
     (staging / REQUEST).write_text(request.model_dump_json(), encoding="utf-8")
+    available_bytes, kills = int(psutil.virtual_memory().available), oom_kills()
+    too_long = ""
     began = time.monotonic()
     with log.open("wb") as stderr:
         # -P: the user's working folder is not on the path, whatever it holds; a session of its own: Ctrl-C is ours
@@ -170,7 +231,12 @@ def _work(
             with MemorySampler(process.pid) as memory:
                 reader = threading.Thread(target=_follow, args=(process.stdout, stage.name, on_progress), daemon=True)
                 reader.start()
-                code = process.wait()  # not the end of its output: a process that it started may hold that open
+                try:
+                    # not the end of its output: a process that it started may hold that open
+                    code = process.wait(timeout=stage.timeout_s)
+                except subprocess.TimeoutExpired:
+                    code, too_long = -DUMP_SIGNAL, f"took longer than timeout_s: {stage.timeout_s:g} s"
+                    _dump_stacks(process, log)
         finally:
             _end(process)
         reader.join()
@@ -179,10 +245,54 @@ def _work(
         peak_memory_bytes=memory.peak_memory_bytes,
         peak_rss_bytes=memory.peak_rss_bytes,
     )
+    if too_long:
+        where = where_it_was(log)
+        return _Ended(None, cost, too_long + (f"; it was in {where}" if where else ""))
     try:
-        return Answer.model_validate_json((staging / RESULT).read_bytes()), cost, ""
+        return _Ended(Answer.model_validate_json((staging / RESULT).read_bytes()), cost)
     except (FileNotFoundError, ValidationError):
-        return None, cost, _how_it_died(code, log)
+        died = how_it_died(
+            code,
+            log,
+            oom_kills=oom_kills() - kills,
+            peak_bytes=memory.peak_memory_bytes,
+            available_bytes=available_bytes,
+        )
+        return _Ended(None, cost, died)
+
+
+def _failed(stage: PlannedStage, ended: _Ended, store: Store, log: Path) -> StageResult:
+    failure = ended.answer.failure if ended.answer else None
+    if failure is None:
+        full = free_bytes(store) < LEAST_ROOM_BYTES
+        reason = disk_is_full(store, ended.died) if full else ended.died
+    else:
+        full = failure.disk_full
+        reason = disk_is_full(store, failure.message) if full else _in_words(failure)
+    return StageResult(name=stage.name, status="failed", reason=reason, cost=ended.cost, log=str(log), host_lacks=full)
+
+
+def _in_words(failure: Failure) -> str:
+    return failure.message + (f" ({failure.hint})" if failure.hint else "")
+
+
+def _needed_bytes(stage: PlannedStage, parent: str, store: Store) -> int:
+    """What the stage is expected to write; where nobody knows, as much as its parent's weights, if it has one."""
+    if stage.writes_bytes is not None:
+        return stage.writes_bytes
+    return _manifest(store, parent).weights_bytes if parent else 0
+
+
+def _dump_stacks(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Have the worker, which hangs, say where in the log; wait until it has, or cannot any more."""
+    before = log.stat().st_size
+    process.send_signal(DUMP_SIGNAL)
+    until = time.monotonic() + DUMP_S
+    while time.monotonic() < until and process.poll() is None:
+        now = log.stat().st_size
+        if now > before and where_it_was(log):
+            return
+        time.sleep(0.02)
 
 
 def _follow(stdout: IO[bytes], stage: str, on_progress: Progress) -> None:
@@ -202,18 +312,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _how_it_died(code: int, log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = f"; its last words: {lines[-1].strip()[:200]}" if lines else ""
-    if code < 0:
-        name = signal.Signals(-code).name
-        memory = ", perhaps for lack of memory" if name == "SIGKILL" else ""
-        return f"the pass's process was ended by {name}{memory}{last}"
-    return f"the pass's process ended with code {code} and no result{last}"
-
-
 def _cached(stage: PlannedStage, record: StageRecord, store: Store) -> StageResult:
     log = store.log_path(stage.key)
+    store.touch(stage.key)
     return StageResult(
         name=stage.name,
         status="cached",

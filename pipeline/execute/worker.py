@@ -2,14 +2,18 @@
 
 It reads FOLDER/request.json, writes blobs below FOLDER and FOLDER/result.json, and says on standard output, one JSON
 object a line, how far it is. Whatever else is printed, by the pass or by libraries in C, goes to standard error, which
-the parent has pointed at the stage's log.
+the parent has pointed at the stage's log. So do Python's stacks where it crashes, or where the parent asks for them
+because it takes too long.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
+import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -17,13 +21,17 @@ from pathlib import Path
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError
 from pipeline.execute.request import REQUEST, RESULT, Answer, Failure, Request, describe
+from pipeline.models.random_weights import draw_model
 from pipeline.parent import die_with_parent
 from pipeline.plugin import PassContext, Registry
-from pipeline.store.writer import OutputWriter
+from pipeline.store.room import DISK_FULL
+from pipeline.store.writer import BLOBS, OutputWriter
 
 
 def main(folder: Path) -> int:
     die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
     with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as progress:
         os.dup2(2, 1)
         sys.stdout = sys.stderr
@@ -33,6 +41,8 @@ def main(folder: Path) -> int:
             progress.write(json.dumps({"fraction": fraction, "message": message}) + "\n")
 
         answer = _run(folder, report)
+    if answer.failure is not None:
+        shutil.rmtree(folder / BLOBS, ignore_errors=True)  # where the disk is full, so that the answer has room
     (folder / RESULT).write_text(answer.model_dump_json(), encoding="utf-8")
     return 0 if answer.failure is None else 1
 
@@ -49,6 +59,8 @@ def _run(folder: Path, report: object) -> Answer:
         logger=logging.getLogger(f"pipeline.pass.{request.pass_name}"),
     )
     try:
+        if request.artifact is None:
+            return Answer(manifest=draw_model(request.params, context.output, context.progress, blobs).manifest)
         found = Registry().load(request.pass_name)
         params = found.Params.model_validate_json(json.dumps(request.params))
         made = found().run(Artifact(request.artifact, blobs), params, context)
@@ -58,10 +70,26 @@ def _run(folder: Path, report: object) -> Answer:
         return Answer(manifest=made.manifest)
     except PipelineError as error:
         traceback.print_exc()
-        return Answer(failure=Failure(message=error.message, hint=error.hint, expected=True))
-    except Exception as error:  # a pass may be a stranger's: whatever it raises is the stage's failure, told and logged
+        return Answer(failure=Failure(message=error.message, hint=error.hint))
+    except (Exception, SystemExit) as error:  # a pass may be a stranger's: what it raises fails its stage
         traceback.print_exc()
-        return Answer(failure=Failure(message=f"{type(error).__name__}: {error}", expected=False))
+        return Answer(failure=_unexpected(error, request.pass_name))
+
+
+def _unexpected(error: BaseException, pass_name: str) -> Failure:
+    """What to say of an exception that the pass did not mean for its user."""
+    message = f"{type(error).__name__}: {error}".removesuffix(": ")
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return Failure(message=message, disk_full=True)
+    if isinstance(error, MemoryError):
+        return Failure(message=message, hint="there was too little memory for it")
+    if isinstance(error, SystemExit):
+        message = f"the pass ended its process with sys.exit({error.code!r}) and made nothing"
+    try:
+        author = f"the author of {Registry().info(pass_name).origin}"
+    except PipelineError:  # the source, which no package registers
+        author = "its author"
+    return Failure(message=message, hint=f"the pass did not expect this; {author} may want to see the log")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ references/ab/<sha256>.json    where files of the user's with that digest were s
 digests/                       digests of files by their identity
 measurements/                  results that do not depend on the clock: quality, effects
 logs/<stage key>.log           what the pass printed
+runs/  pins/  leases/          what makes artifacts worth keeping; what running processes use
 locks/  tmp/                   one lock a key; work in progress, swept when its owner is gone
 """
 
@@ -17,17 +18,19 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
 from pipeline.artifact import Artifact, FileEntry, Frozen, Manifest, blob_path
 from pipeline.errors import HostError, StageError
 from pipeline.files import DigestMemory, fsync_folder, write_atomically
+from pipeline.store.leases import Lease, gate, open_lease
+from pipeline.store.locks import lock, remove_if_free
+from pipeline.store.writer import BLOBS
 
 
 def default_store_path() -> Path:
@@ -62,6 +65,7 @@ class Store:
         self.root = root
         self.blobs = root / "blobs"
         self._digests = DigestMemory(root / "digests")
+        self._lease: Lease | None = None
 
     # Files that are not ours
 
@@ -69,22 +73,24 @@ class Store:
         """SHA-256 of any file; read once for as long as it does not change."""
         return self._digests.digest(path)
 
+    def forget_digest(self, path: Path) -> None:
+        """Have the file's bytes read when its digest is next asked for."""
+        self._digests.forget(path)
+
     def reference(self, path: Path) -> FileEntry:
         """An entry for a file of the user's, which stays where it is. Symbolic links are followed."""
         path = path.resolve(strict=True)
         stat = path.stat()
         digest = self.digest_file(path)
-        seen = self._shard("references", digest)
-        known = self._read(seen) or []
+        known = self._places_seen(digest)
         if str(path) not in known:
-            write_atomically(seen, json.dumps([*known, str(path)][-8:]).encode())
+            write_atomically(self.place("references", digest), json.dumps([*known, str(path)][-8:]).encode())
         return FileEntry(digest=digest, size_bytes=stat.st_size, path=str(path), mtime_ns=stat.st_mtime_ns)
 
     def _find_reference(self, entry: FileEntry) -> FileEntry | None:
         """`entry` with a path where its contents are today: its own, else another where they were seen."""
-        others = self._read(self._shard("references", entry.digest)) or []
-        for candidate in dict.fromkeys([entry.path, *others]):
-            path = Path(str(candidate))
+        for candidate in dict.fromkeys([str(entry.path), *self._places_seen(entry.digest)]):
+            path = Path(candidate)
             try:
                 stat = path.stat()
                 if stat.st_size != entry.size_bytes:
@@ -96,6 +102,10 @@ class Store:
                 continue
         return None
 
+    def _places_seen(self, digest: str) -> list[str]:
+        known = self._read(self.place("references", digest))
+        return [str(place) for place in known] if isinstance(known, list) else []
+
     # Artifacts
 
     def artifact(self, digest: str) -> Artifact | None:
@@ -103,34 +113,53 @@ class Store:
 
         A blob's bytes are read again only where its size or its time of modification is not what it was.
         """
-        data = self._read(self._shard("artifacts", digest))
+        found = self.examine(digest)
+        return found if isinstance(found, Artifact) else None
+
+    def examine(self, digest: str) -> Artifact | str:
+        """The artifact of that digest, else what is wrong with it, in words."""
+        with gate(self.root) if self._lease else nullcontext():
+            found = self._examine(digest)
+            if self._lease and isinstance(found, Artifact):
+                self._lease.add(digest)
+        return found
+
+    def _examine(self, digest: str) -> Artifact | str:
+        path = self.place("artifacts", digest)
+        data = self._read(path)
         if data is None:
-            return None
+            return f"its manifest is {'damaged' if path.exists() else 'missing'}"
         try:
             manifest = Manifest.model_validate(data)
-        except ValidationError:  # written by another version of the schema, or damaged
-            return None
+        except ValidationError:
+            return "its manifest is damaged, or was written by another version"
+        if manifest.digest() != digest:
+            return "its manifest was changed"
         moved: dict[str, FileEntry] = {}
-        for _, entry in manifest.entries():
-            if entry.path:
-                found = self._find_reference(entry)
-                if found is None:
-                    return None
-                if found != entry:
-                    moved[entry.digest] = found
-            elif not self._is_whole(entry):
-                return None
+        for name, entry in manifest.entries():
+            if entry.path is None:
+                if fault := self._blob_fault(entry):
+                    return f"the blob of {name} {fault}"
+                continue
+            found = self._find_reference(entry)
+            if found is None:
+                return f"{name} refers to {entry.path}, which was changed, moved or removed"
+            if found != entry:
+                moved[entry.digest] = found
         return Artifact(_relocate(manifest, moved) if moved else manifest, self.blobs)
 
-    def _is_whole(self, entry: FileEntry) -> bool:
-        """True where the entry's file is there with its size, and a referenced one with its contents."""
-        if entry.path:
-            return self._find_reference(entry) is not None
+    def _blob_fault(self, entry: FileEntry) -> str | None:
+        """What is wrong with a blob: missing, cut, or other bytes; None where it is whole."""
         blob = blob_path(self.blobs, entry.digest)
         try:
-            return blob.stat().st_size == entry.size_bytes and self.digest_file(blob) == entry.digest
-        except OSError:
-            return False
+            size = blob.stat().st_size
+            if size != entry.size_bytes:
+                return f"has {size} bytes instead of {entry.size_bytes}"
+            return None if self.digest_file(blob) == entry.digest else "has other bytes than it was stored with"
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
 
     def publish(self, staging: Path, manifest: Manifest) -> Artifact:
         """Move the blobs staged in `staging` into the store, then write the manifest.
@@ -139,7 +168,14 @@ class Store:
 
         Raises: StageError where the manifest names a file that is nowhere, or that changed meanwhile.
         """
-        staged = staging / "blobs"
+        with gate(self.root):
+            artifact = self._publish(staging, manifest)
+            if self._lease:
+                self._lease.add(artifact.digest)
+        return artifact
+
+    def _publish(self, staging: Path, manifest: Manifest) -> Artifact:
+        staged = staging / BLOBS
         for source in sorted(staged.iterdir()) if staged.is_dir() else []:
             if source.name.startswith("."):  # a stream that the pass left open
                 continue
@@ -153,24 +189,39 @@ class Store:
             fsync_folder(target.parent)
             self._digests.remember(target, target.name)
         for name, entry in manifest.entries():
-            if not self._is_whole(entry):
+            if self._find_reference(entry) is None if entry.path else self._blob_fault(entry):
                 place = entry.path or "the store"
                 raise StageError(f"the artifact names {name}, which is not in {place} as the artifact describes it")
         digest = manifest.digest()
-        write_atomically(self._shard("artifacts", digest), manifest.model_dump_json(indent=1).encode())
+        write_atomically(self.place("artifacts", digest), manifest.model_dump_json(indent=1).encode())
         return Artifact(manifest, self.blobs)
 
     # The index
 
     def stage_record(self, key: str) -> StageRecord | None:
         """The record under `key`, if its artifact is still whole."""
-        record = self._record(self._shard("stages", key))
+        record = self._record(self.place("stages", key))
         return record if record and self.artifact(record.artifact) else None
+
+    def damage(self, key: str) -> str | None:
+        """What is wrong with what the store has under `key`, in words; None where it is whole or was never there."""
+        path = self.place("stages", key)
+        if not path.exists():
+            return None
+        record = self._record(path)
+        if record is None:
+            return "its record is damaged, or was written by another version"
+        found = self.examine(record.artifact)
+        return found if isinstance(found, str) else None
+
+    def touch(self, key: str) -> None:
+        """Note that what is under `key` was used now; `pipeline cache gc --older-than` counts from there."""
+        _mark_used(self.place("stages", key))
 
     def record_by_content(self, own: str, inputs: str) -> StageRecord | None:
         """A record whose stage did the same to inputs of the same contents, whatever their history."""
         pointer = self._read(self.root / "content" / own / f"{inputs}.json")
-        return self.stage_record(str(pointer["key"])) if pointer else None
+        return self.stage_record(str(pointer["key"])) if isinstance(pointer, dict) and "key" in pointer else None
 
     def may_hit(self, own: str) -> bool:
         """True where some stage with the same own part has run, on whatever input."""
@@ -179,7 +230,7 @@ class Store:
 
     def put_record(self, record: StageRecord, *, own: str, inputs: str) -> None:
         """Index an artifact under its stage key and under its contents."""
-        write_atomically(self._shard("stages", record.key), record.model_dump_json(indent=1).encode())
+        write_atomically(self.place("stages", record.key), record.model_dump_json(indent=1).encode())
         pointer = json.dumps({"key": record.key}).encode()
         write_atomically(self.root / "content" / own / f"{inputs}.json", pointer)
 
@@ -199,11 +250,15 @@ class Store:
     # Results that do not depend on the clock
 
     def measurement(self, key: str) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self._read(self._shard("measurements", key))
+        path = self.place("measurements", key)
+        found = self._read(path)
+        if not isinstance(found, dict):
+            return None
+        _mark_used(path)
         return found
 
     def put_measurement(self, key: str, result: dict[str, Any]) -> None:
-        write_atomically(self._shard("measurements", key), json.dumps(result).encode())
+        write_atomically(self.place("measurements", key), json.dumps(result).encode())
 
     # Work in progress
 
@@ -213,22 +268,40 @@ class Store:
         return folder / f"{key}.log"
 
     @contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Hold the lock of `key`; the kernel gives it back when its holder dies."""
-        folder = self.root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
+    def lease(self, folder: Path | None = None) -> Iterator[None]:
+        """Until the end, garbage collection leaves alone what this process finds here or publishes.
+
+        `folder` is the run's in the making: if this process dies, whoever next takes a lease removes it.
+        """
+        if self._lease is not None:  # a part of something larger that has one
+            yield
+            return
+        with open_lease(self.root, folder) as lease:
+            self._lease = lease
+            try:
+                yield
+            finally:
+                self._lease = None
+
+    @contextmanager
+    def lock(self, key: str, *, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold the lock of `key`; the kernel gives it back when its holder dies. `on_wait`: another one holds it."""
+        path = self.root / "locks" / f"{key}.lock"
+        with lock(path, wait=False) as free:
+            if free:
+                yield
+                return
+        on_wait()
+        with lock(path):
             yield
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A folder for work in progress, on the store's file system; gone afterwards, whatever happens."""
         tmp = self.root / "tmp"
-        tmp.mkdir(parents=True, exist_ok=True)
-        self._sweep(tmp)
+        self.sweep_staging()
         name = secrets.token_hex(8)
-        guard = FileLock(tmp / f"{name}.lock")
-        with guard:  # taken before the folder exists: a folder whose lock is free has no owner
+        with lock(tmp / f"{name}.lock"):  # taken before the folder exists: a folder whose lock is free has no owner
             folder = tmp / name
             folder.mkdir()
             try:
@@ -237,19 +310,29 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
                 (tmp / f"{name}.lock").unlink(missing_ok=True)
 
-    def _sweep(self, tmp: Path) -> None:
-        for folder in [p for p in tmp.iterdir() if p.is_dir()]:
-            lock = tmp / f"{folder.name}.lock"
-            try:
-                with FileLock(lock, timeout=0):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    lock.unlink(missing_ok=True)
-            except Timeout:  # its owner is at work
+    def sweep_staging(self, *, dry_run: bool = False) -> int:
+        """Remove what processes that died had not published; returns its bytes."""
+        tmp = self.root / "tmp"
+        freed = 0
+        for path in sorted(tmp.iterdir()) if tmp.is_dir() else []:
+            if path.suffix == ".lock":
+                if not dry_run and not path.with_suffix("").exists():
+                    remove_if_free(path)
                 continue
+            guard = path.with_name(f"{path.name}.lock")
+            with lock(guard, wait=False) as dead:
+                if not dead:  # its owner is at work
+                    continue
+                freed += sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+                if not dry_run:
+                    shutil.rmtree(path, ignore_errors=True)
+                    guard.unlink(missing_ok=True)
+        return freed
 
     # Paths
 
-    def _shard(self, room: str, digest: str) -> Path:
+    def place(self, room: str, digest: str) -> Path:
+        """Where a room keeps what belongs to a digest or key."""
         return self.root / room / digest[:2] / f"{digest}.json"
 
     @staticmethod
@@ -260,6 +343,12 @@ class Store:
             return None
         except ValueError:  # damaged: as good as missing, it will be made again
             return None
+
+
+def _mark_used(path: Path) -> None:
+    """Set the time of modification, from which garbage collection counts."""
+    with suppress(OSError):  # a store that may only be read, or another process removed it
+        os.utime(path)
 
 
 def _relocate(manifest: Manifest, moved: dict[str, FileEntry]) -> Manifest:

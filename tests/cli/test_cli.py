@@ -210,17 +210,6 @@ def test_why_tells_of_a_parent_that_changed(cli: Cli, recipe: Path) -> None:
     assert [c["what"] for c in changes] == ["its parent mark"]
 
 
-def test_the_store_is_listed(cli: Cli, recipe: Path, store: Store) -> None:
-    assert cli("cache", "path")[1].strip() == str(store.root)
-    assert json.loads(cli("cache", "list", "--json")[1]) == []
-    cli("run", recipe, "--no-measure")
-    rows = {row["stage"]: row for row in json.loads(cli("cache", "list", "--json")[1])}
-    assert set(rows) == {"source", "mark", "write"}
-    assert rows["source"]["stored_bytes"] == 0
-    assert rows["write"]["unique_bytes"] == 1
-    assert "mark" in cli("cache", "list")[1]
-
-
 def test_passes_are_listed_and_shown(cli: Cli) -> None:
     listed = {p["name"]: p for p in json.loads(cli("passes", "--json")[1])}
     assert listed["quantize_weights"]["accepts"] == ["onnx"]

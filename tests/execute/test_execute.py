@@ -106,7 +106,7 @@ def test_facets_reach_the_pass_that_declares_them(checkpoint: Path, store: Store
     [
         ("refuse", "this model has no such layer (try another)"),
         ("crash", "ZeroDivisionError: one over nothing"),
-        ("segfault", "ended by SIGSEGV; its last words: last words"),
+        ("segfault", "ended by SIGSEGV in sample_passes.py:"),
         ("nothing", "returned NoneType where it promises 'torch'"),
         ("wrong_format", "returned an artifact of format 'torch' where it promises 'onnx'"),
         ("peek", "'seed', which it does not declare"),

@@ -1,0 +1,301 @@
+"""`pipeline cache`: what lies in the store, whether it is whole, and what of it is still needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.store import Store
+
+pytestmark = pytest.mark.usefixtures("plugins", "store")
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def recipe(checkpoint: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        f"version: 1\nname: r\nmodel: {{path: {checkpoint}}}\npasses:\n"
+        "  - pass: mark\n    value: 3\n  - pass: write\n    after: source\n    text: some bytes\n"
+    )
+    return file
+
+
+@pytest.fixture
+def filled(plugins: Path, store: Store, cli: Cli, recipe: Path) -> Path:
+    assert cli("run", recipe, "--no-measure")[0] == 0
+    return recipe
+
+
+def rows(cli: Cli) -> dict[str, dict[str, object]]:
+    return {row["stage"]: row for row in json.loads(cli("cache", "list", "--json")[1])["stages"]}
+
+
+def blob(store: Store) -> Path:
+    return next(p for p in store.blobs.rglob("*") if p.is_file())
+
+
+def damage(path: Path, data: bytes, *, keep_time: bool = False) -> None:
+    stat = path.stat()
+    path.chmod(0o644)
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns) if keep_time else (7, 7))
+
+
+def statuses(cli: Cli, recipe: Path) -> dict[str, tuple[str, str | None]]:
+    code, out, err = cli("run", recipe, "--no-measure", "--json")
+    assert code == 0, err
+    return {s["name"]: (s["status"], s["reason"]) for s in json.loads(out)["stages"]}
+
+
+def test_path_prints_the_folder(cli: Cli, store: Store) -> None:
+    assert cli("cache", "path")[1].strip() == str(store.root)
+
+
+def test_an_empty_store_is_listed_verified_and_collected(cli: Cli) -> None:
+    assert rows(cli) == {}
+    assert "nothing is damaged" in cli("cache", "verify")[1]
+    assert "kept 0 artifacts" in cli("cache", "gc")[1]
+
+
+@pytest.mark.usefixtures("filled")
+def test_stages_are_listed_with_what_would_be_freed_and_the_total(cli: Cli, store: Store) -> None:
+    found = rows(cli)
+    assert set(found) == {"source", "mark", "write"}
+    assert found["source"]["stored_bytes"] == 0
+    assert found["write"]["unique_bytes"] == len("some bytes")
+    listing = json.loads(cli("cache", "list", "--json")[1])
+    assert listing["blobs_bytes"] == len("some bytes")
+    assert listing["total_bytes"] == sum(p.stat().st_size for p in store.root.rglob("*") if p.is_file())
+    out = cli("cache", "list")[1]
+    assert "mark" in out
+    assert f"3 stages; the store takes 0.0 MB in {store.root}" in out
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("how", ["name", "digest", "key"])
+def test_an_artifact_is_shown_by_name_digest_or_key(how: str, cli: Cli, checkpoint: Path) -> None:
+    row = rows(cli)["write"]
+    name = {"name": "r/write", "digest": str(row["artifact"])[:10], "key": str(row["key"])[:10]}[how]
+    code, out, _ = cli("cache", "show", name)
+    assert code == 0
+    assert f"artifact {row['artifact']}" in out
+    assert "note.txt, 10 B, blob " in out
+    assert f"refers to {checkpoint / 'model.safetensors'}" in out
+    assert "1 tensors float32, 0.0 MB" in out
+    assert f"key {str(row['key'])[:12]}: r/write" in out
+    assert "kept for the run " in out
+    shown = json.loads(cli("cache", "show", name, "--json")[1])
+    assert (shown["problem"], shown["lineage"]["pass_name"]) == (None, "write")
+
+
+@pytest.mark.usefixtures("filled")
+def test_an_unknown_artifact_ends_with_2_and_the_nearest_name(cli: Cli) -> None:
+    code, _, err = cli("cache", "show", "r/wriet")
+    assert code == 2
+    assert "did you mean 'r/write'?" in err
+
+
+@pytest.mark.usefixtures("filled")
+def test_a_damaged_artifact_is_shown_as_such(cli: Cli, store: Store) -> None:
+    blob(store).unlink()
+    assert "DAMAGED: the blob of note.txt is missing" in cli("cache", "show", "r/write")[1]
+    assert "1 more are missing or damaged" in cli("cache", "list")[1]
+
+
+def test_verify_finds_an_edit_that_kept_size_and_time_and_the_next_run_mends_it(
+    cli: Cli, filled: Path, store: Store
+) -> None:
+    path = blob(store)
+    damage(path, b"SOME BYTES", keep_time=True)
+    code, out, _ = cli("cache", "verify")
+    assert code == 1
+    assert f"changed blob: {path}: other bytes than it was stored with\n  needed by r/write" in out
+    found = statuses(cli, filled)
+    assert found["mark"] == ("cached", None)
+    assert found["write"][0] == "ran"
+    assert "made again" in str(found["write"][1])
+    assert path.read_bytes() == b"some bytes"
+    assert cli("cache", "verify")[0] == 0
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+def test_verify_deletes_what_is_damaged_and_only_that(keep_time: bool, cli: Cli, filled: Path, store: Store) -> None:
+    path = blob(store)
+    damage(path, b"SOME BYTES", keep_time=keep_time)
+    code, out, _ = cli("cache", "verify", "--delete")
+    assert code == 0
+    assert "deleted 3 files of the store" in out  # the blob, the manifest, the record
+    assert not path.exists()
+    assert set(rows(cli)) == {"source", "mark"}
+    assert cli("cache", "verify")[0] == 0
+    assert {name: status for name, (status, _) in statuses(cli, filled).items()} == {
+        "source": "cached",
+        "mark": "cached",
+        "write": "ran",
+    }
+
+
+def test_verify_names_cut_and_missing_and_unreadable_files(cli: Cli, filled: Path, store: Store) -> None:
+    damage(blob(store), b"some")
+    manifests = {json.loads(p.read_text())["lineage"]["stage"]: p for p in (store.root / "artifacts").rglob("*.json")}
+    manifests["mark"].unlink()
+    manifests["source"].write_text('{"half":')
+    found = json.loads(cli("cache", "verify", "--json")[1])
+    damages = {d["stages"][0]: (d["kind"], d["fault"]) for d in found["damages"]}
+    assert damages == {
+        "r/write": ("blob", "cut"),
+        "r/mark": ("manifest", "missing"),
+        "r/source": ("manifest", "unreadable"),
+    }
+    assert {status for status, _ in statuses(cli, filled).values()} == {"ran"}
+    assert cli("cache", "verify")[0] == 0
+
+
+def test_a_changed_checkpoint_is_told_and_never_deleted(cli: Cli, tmp_path: Path, checkpoint: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(checkpoint, mine)
+    recipe = tmp_path / "m.yaml"
+    recipe.write_text(f"version: 1\nname: m\nmodel: {{path: {mine}}}\npasses: [{{pass: mark}}]\n")
+    assert cli("run", recipe, "--no-measure")[0] == 0
+    file = mine / "model.safetensors"
+    stat = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    code, out, _ = cli("cache", "verify", "--delete")
+    assert code == 0
+    assert f"changed file outside: {file}" in out
+    assert "needed by m/mark, m/source" in out
+    assert file.read_bytes() == bytes(data)
+    assert rows(cli) == {}
+
+
+def test_gc_keeps_what_a_runs_folder_needs_and_removes_it_with_the_folder(cli: Cli, filled: Path, store: Store) -> None:
+    out = cli("cache", "gc")[1]
+    assert "kept 3 artifacts (3 for runs)" in out
+    assert {status for status, _ in statuses(cli, filled).values()} == {"cached"}
+    shutil.rmtree("runs")
+    before = sorted(p for p in store.root.rglob("*") if p.is_file() and "locks" not in p.parts)
+    out = cli("cache", "gc", "--dry-run")[1]
+    assert "would remove 3 artifacts" in out
+    assert "  r/write" in out
+    assert before == sorted(p for p in store.root.rglob("*") if p.is_file() and "locks" not in p.parts)
+    freed = json.loads(cli("cache", "gc", "--json")[1])
+    removed = {part["kind"]: part for part in freed["removed"]}
+    assert removed["artifacts"]["count"] == 3
+    assert removed["blobs"]["bytes"] == len("some bytes")
+    assert rows(cli) == {}
+    assert [
+        p
+        for room in ("blobs", "artifacts", "stages", "logs", "content", "runs", "leases")
+        for p in (store.root / room).rglob("*")
+    ] == []
+
+
+def test_gc_touches_no_file_outside_the_store(cli: Cli, filled: Path, checkpoint: Path) -> None:
+    before = {p: (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in checkpoint.iterdir()}
+    shutil.rmtree("runs")
+    assert cli("cache", "gc")[0] == 0
+    assert before == {p: (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in checkpoint.iterdir()}
+    assert filled.exists()
+
+
+@pytest.mark.usefixtures("filled")
+def test_a_pinned_artifact_stays_until_it_is_unpinned(cli: Cli) -> None:
+    shutil.rmtree("runs")
+    assert cli("cache", "pin", "r/write", "--note", "for the talk")[0] == 0
+    assert "kept 1 artifacts (1 for pins)" in cli("cache", "gc")[1]
+    assert set(rows(cli)) == {"write"}
+    assert "pinned: for the talk" in cli("cache", "show", "r/write")[1]
+    assert " pinned" in cli("cache", "list")[1]
+    assert cli("cache", "unpin", "r/write")[0] == 0
+    assert cli("cache", "unpin", "r/write")[0] == 2
+    cli("cache", "gc")
+    assert rows(cli) == {}
+
+
+@pytest.mark.usefixtures("filled")
+def test_what_was_used_lately_stays_where_only_old_things_may_go(cli: Cli, store: Store) -> None:
+    shutil.rmtree("runs")
+    write = rows(cli)["write"]
+    for room, name in (("stages", write["key"]), ("artifacts", write["artifact"])):
+        os.utime(store.place(room, str(name)), (0, 0))
+    assert "kept 2 artifacts (2 for used lately)" in cli("cache", "gc", "--older-than", "1")[1]
+    assert set(rows(cli)) == {"source", "mark"}
+
+
+def test_only_the_last_runs_of_a_recipe_keep_artifacts_where_asked(cli: Cli, filled: Path) -> None:
+    cli("run", filled, "--no-measure", "--set", "passes.mark.value=5")
+    assert json.loads(cli("cache", "gc", "--json")[1])["kept_artifacts"] == 4
+    assert json.loads(cli("cache", "gc", "--keep-last", "1", "--json")[1])["kept_artifacts"] == 3
+
+
+def test_gc_leaves_alone_what_a_running_process_uses_and_sweeps_what_a_dead_one_left(
+    cli: Cli, filled: Path, store: Store
+) -> None:
+    mark = str(rows(cli)["mark"]["artifact"])
+    shutil.rmtree("runs")
+    hidden = Path("runs/r/.20260101-000000-abcd").absolute()
+    hidden.mkdir(parents=True)
+    code = f"""
+import sys
+from pathlib import Path
+from pipeline.store import Store
+store = Store(Path({str(store.root)!r}))
+with store.lease(Path({str(hidden)!r})), store.staging() as staging, store.lock("k"):
+    assert store.artifact({mark!r})
+    (staging / "half").write_bytes(b"x" * 1000)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    try:
+        assert "kept 1 artifacts (1 for running processes)" in cli("cache", "gc")[1]
+        assert set(rows(cli)) == {"mark"}
+        assert hidden.is_dir()
+        assert len([p for p in (store.root / "tmp").iterdir() if p.is_dir()]) == 1
+        assert (store.root / "locks" / "k.lock").exists()
+    finally:
+        process.kill()
+        process.wait()
+    out = cli("cache", "gc")[1]
+    assert f"removed 1 unfinished runs\n  {hidden}" in out
+    assert "removed 1 unfinished work" in out
+    assert not hidden.exists()
+    assert list((store.root / "tmp").iterdir()) == []
+    assert not (store.root / "locks" / "k.lock").exists()
+    assert rows(cli) == {}
+    assert filled.exists()
+
+
+def test_a_lease_of_a_dead_process_has_no_folder_removed_but_a_runs(cli: Cli, store: Store, tmp_path: Path) -> None:
+    precious = tmp_path / ".ssh"
+    precious.mkdir()
+    (store.root / "leases").mkdir(parents=True)
+    (store.root / "leases" / "x.jsonl").write_text(json.dumps({"pid": 1, "folder": str(precious)}) + "\n")
+    assert cli("cache", "gc")[0] == 0
+    assert precious.is_dir()
+
+
+@pytest.mark.usefixtures("filled")
+def test_results_that_nobody_asked_for_in_long_go_and_recent_ones_stay(cli: Cli, store: Store) -> None:
+    store.put_measurement("a" * 64, {"x": 1})
+    store.put_measurement("b" * 64, {"x": 1})
+    for name in "ab":
+        os.utime(store.place("measurements", name * 64), (0, 0))
+    assert store.measurement("a" * 64) == {"x": 1}  # asked for: young again
+    cli("cache", "gc")
+    assert store.measurement("a" * 64) == {"x": 1}
+    assert store.measurement("b" * 64) is None
