@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from pipeline import PassContext, PipelineError, new_tensor
+from pipeline import Artifact, PassContext, PipelineError, new_tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,6 +128,36 @@ def find_head(model: ir.Model, logits: str, products: Iterable[Product]) -> ir.N
         seen.add(node)
         waiting.extend(value.producer() for value in node.inputs if value is not None)
     return None
+
+
+def chosen_products(
+    products: Sequence[Product], model: ir.Model, artifact: Artifact, *, exclude: Sequence[str], keep_head: bool
+) -> list[Product]:
+    """The products to quantize.
+
+    Raises: PipelineError where there is no product, no head to keep, a pattern in `exclude` matches nothing, or nothing
+    is left.
+    """
+    if not products:
+        raise PipelineError("the graph multiplies by no constant float weight: there is nothing to quantize")
+    skipped = excluded(exclude, products)
+    if keep_head:
+        skipped.add(head_of(model, artifact, products))
+    chosen = [product for product in products if product.node not in skipped]
+    if not chosen:
+        raise PipelineError(f"all {len(products)} weights are excluded: there is nothing to quantize")
+    return chosen
+
+
+def head_of(model: ir.Model, artifact: Artifact, products: Sequence[Product]) -> ir.Node:
+    """The language model's head.
+
+    Raises: PipelineError where no product yields the logits.
+    """
+    head = find_head(model, artifact.interface.outputs.get("logits", "logits"), products)
+    if head is None:
+        raise PipelineError("the graph has no product that yields logits: leave `head` out")
+    return head
 
 
 def constant_matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
