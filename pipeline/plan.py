@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,11 +17,24 @@ from pydantic import BaseModel, Field
 from pipeline.artifact import SCHEMA_VERSION, Frozen, canonical_json
 from pipeline.errors import HostError, PipelineError, RecipeError, did_you_mean
 from pipeline.hardware import HardwareProfile, Host
-from pipeline.models import Source
-from pipeline.models.source import calibration_text
+from pipeline.hardware.host import Gpu
+from pipeline.memory_estimate import (
+    Load,
+    ModelSize,
+    Prediction,
+    corrected,
+    predict_memory,
+    size_of_artifact,
+    size_of_config,
+    unknown_conversion_bytes,
+)
+from pipeline.models import Source, source_artifact
+from pipeline.models.architecture import library_versions
+from pipeline.models.source import calibration_text, reading_digest
 from pipeline.plugin import Pass, PassParams, Registry, code_digest
 from pipeline.recipe import Recipe, Stage, validate
 from pipeline.recipe.schema import SOURCE
+from pipeline.report.schema import PredictedMemory
 from pipeline.store import Store
 from pipeline.store.room import too_little_room
 
@@ -49,6 +63,7 @@ class PlannedStage(Frozen):
     status: Status
     reason: str = ""
     artifact: str | None = Field(None, description="digest, where it is known already")
+    predicted: PredictedMemory | None = Field(None, description="memory, estimated before anything runs")
 
 
 class Plan(Frozen):
@@ -130,14 +145,21 @@ def make_plan(
             stage, recipe, planned, store=store, registry=registry, profile=profile, host=host
         )
     cores = [host.physical_cores] if profile.physical_cores is None else [host.physical_cores, profile.physical_cores]
-    obstacles = [] if force else _memory_obstacles(source, host)
+    predicted, doubts = _predictions(planned, recipe, source, store=store, registry=registry, profile=profile)
+    stages_with_memory = [s.model_copy(update={"predicted": predicted[s.name]}) for s in planned.values()]
+    obstacles = [] if force else _memory_obstacles(stages_with_memory, profile, host)
     return Plan(
         recipe=recipe.name,
-        stages=tuple(planned.values()),
+        stages=tuple(stages_with_memory),
         hardware=profile,
         host=host,
         threads=recipe.evaluate.threads or min(cores),
-        notes=tuple(_differences(profile, host)),
+        notes=(
+            *_model_notes(source),
+            *_differences(profile, host),
+            *_does_not_fit(stages_with_memory, profile),
+            *doubts,
+        ),
         obstacles=tuple(
             obstacles
             + ([] if force else _disk_obstacles(tuple(planned.values()), source, store))
@@ -187,26 +209,40 @@ def inputs_digest(parent: str, inputs: Mapping[str, str]) -> str:
 
 
 def _plan_source(recipe: Recipe, source: Source, store: Store) -> PlannedStage:
-    files = {name: store.digest_file((source.folder / name).resolve()) for name in source.files}
-    ingredients = {
+    ingredients: dict[str, Any] = {
         "pass": SOURCE,
         "environment": {"schema": str(SCHEMA_VERSION)},
         "dtype": source.dtype,
-        "files": files,
     }
+    params: dict[str, Any] = {"model": str(source), "dtype": source.dtype}
+    reason = "its files have not been seen before"
+    if (code := reading_digest(source)) is not None:  # a mend there changes what the files or the seed mean
+        ingredients["code"] = code
+    if source.architecture is None:
+        ingredients["files"] = {name: store.digest_file((source.folder / name).resolve()) for name in source.files}
+        if source.trust_remote_code:
+            ingredients["trust_remote_code"] = params["trust_remote_code"] = True
+    else:
+        ingredients |= {
+            "environment": environment(),
+            "architecture": source.architecture,
+            "libraries": library_versions(),
+        }
+        params["architecture"] = source.architecture
+        reason = "its weights have not been drawn before"
     own = digest_of(ingredients)
     record = store.stage_record(own)
     return PlannedStage(
         name=SOURCE,
         pass_name=SOURCE,
-        params={"model": str(source), "dtype": source.dtype},
+        params=params,
         parent=None,
         key=own,
         own=own,
         ingredients=ingredients,
-        produces="torch",
+        produces=source.format,
         status="cached" if record else "will run",
-        reason="" if record else "its files have not been seen before",
+        reason="" if record else reason,
         artifact=record.artifact if record else None,
     )
 
@@ -234,9 +270,9 @@ def _plan_stage(
             f"{stage.name}: the pass {found.name!r} takes {' or '.join(sorted(accepts))}, "
             f"and the stage {parent.name!r} yields {parent.produces}",
             location=recipe.location(*where, "after"),
-            hint="put export_onnx before it" if "onnx" in accepts and parent.produces == "torch" else None,
+            hint=_format_hint(accepts, parent.produces),
         )
-    facets = {name: facet_value(name, recipe, profile, host) for name in found.depends_on}
+    facets = {name: facet_value(name, recipe, profile, host) for name in found.facets(params)}
     ingredients = {
         "pass": found.name,
         "version": found.version,
@@ -267,6 +303,14 @@ def _plan_stage(
         reason=reason,
         artifact=artifact,
     )
+
+
+def _format_hint(accepts: Set[str], produced: str) -> str | None:
+    if "onnx" in accepts and produced == "torch":
+        return "put export_onnx before it"
+    if "torch" in accepts and produced == "onnx":
+        return "an ONNX graph cannot become torch again: take this pass out, or put it before the export"
+    return None
 
 
 def _status(
@@ -324,14 +368,103 @@ def _device_obstacles(profile: HardwareProfile, host: Host) -> list[str]:
     return [f"ONNX Runtime here lacks {', '.join(missing)}, which the profile {profile.name} names"] if missing else []
 
 
-def _memory_obstacles(source: Source, host: Host) -> list[str]:
-    """The untouched model is loaded to be measured and verified: it has to fit into the host's free memory."""
-    weights = sum((source.folder / name).stat().st_size for name in source.files if name.endswith(".safetensors"))
+def _predictions(
+    planned: Mapping[str, PlannedStage],
+    recipe: Recipe,
+    source: Source,
+    *,
+    store: Store,
+    registry: Registry,
+    profile: HardwareProfile,
+) -> tuple[dict[str, PredictedMemory], list[str]]:
+    """(memory of each stage, why a pass could not foresee its own)."""
+    wanted = recipe.evaluate.workload
+    loads = [Load(b, p, wanted.new_tokens) for b in wanted.batch_sizes for p in wanted.prompt_lengths]
+    predicted: dict[str, PredictedMemory] = {}
+    sizes: dict[str, ModelSize] = {}
+    doubts = []
+    for name, stage in planned.items():
+        if stage.parent is None:
+            prediction = Prediction(model=_source_size(stage, source, store))
+        else:
+            found = registry.load(stage.pass_name)
+            before = sizes[stage.parent]
+            try:
+                prediction = found.predict(found.Params.model_validate_json(json.dumps(stage.params)), before)
+            except Exception as error:  # a stranger's pass may raise anything, and an estimate must not stop a plan
+                doubts.append(f"{name}: the pass cannot foresee its memory: {type(error).__name__}: {error}")
+                prediction = Prediction(model=before.model_copy(update={"format": stage.produces}))
+            if prediction.conversion_bytes is None:
+                prediction = prediction.model_copy(update={"conversion_bytes": unknown_conversion_bytes(before)})
+            artifact = store.artifact(stage.artifact) if stage.artifact else None
+            if artifact is not None:
+                prediction = prediction.model_copy(update={"model": corrected(prediction.model, artifact)})
+        sizes[name] = prediction.model
+        capacity = profile.memory_bytes
+        predicted[name] = predict_memory(prediction, loads, device=profile.device, capacity_bytes=capacity)
+    return predicted, doubts
+
+
+def _source_size(stage: PlannedStage, source: Source, store: Store) -> ModelSize:
+    """From its tensors where they are there, else from the configuration that the recipe gives."""
+    artifact = store.artifact(stage.artifact) if stage.artifact else None
+    if artifact is None and source.architecture is not None:
+        return size_of_config(source.architecture["config"], dtype=source.dtype)
+    return size_of_artifact(artifact or source_artifact(source, store))
+
+
+def _memory_obstacles(stages: Sequence[PlannedStage], profile: HardwareProfile, host: Host) -> list[str]:
+    """Every stage is made, if it is not there, and loaded to be measured: both have to fit into the free memory."""
     free = host.available_memory_bytes
-    if weights <= free:
-        return []
-    needed = f"the model's weights take {weights / 1e9:.1f} GB"
-    return [f"{needed} and {free / 1e9:.1f} GB of memory are free; --force tries"]
+    found = []
+    for stage in stages:
+        memory = stage.predicted
+        if memory is None:
+            continue
+        needs = []
+        if stage.status != "cached" and memory.conversion_bytes is not None:
+            needs.append(("making it", memory.conversion_bytes))
+        if profile.device == "cpu":
+            needs.append(("running it", _bytes_to_run(memory)))
+        for what, needed in needs:
+            if needed > free:
+                found.append(
+                    f"{stage.name}: {what} takes about {_gigabytes(needed)} of memory, by estimate, and this host has "
+                    f"{_gigabytes(free)} free; --force tries"
+                )
+                break
+    return found
+
+
+def _does_not_fit(stages: Sequence[PlannedStage], profile: HardwareProfile) -> list[str]:
+    return [
+        f"{stage.name} does not fit {profile.name}: running it takes about {_gigabytes(_bytes_to_run(stage.predicted))}"
+        f", by estimate, and {profile.name} has {_gigabytes(profile.memory_bytes)}"
+        for stage in stages
+        if stage.predicted is not None and stage.predicted.fits is False and profile.memory_bytes is not None
+    ]
+
+
+def _bytes_to_run(memory: PredictedMemory) -> int:
+    """Memory of inference and the weights that it maps; the weights alone where no more is known."""
+    held = memory.weights_bytes if memory.inference_bytes is None else memory.inference_bytes
+    return (held or 0) + (memory.mapped_bytes or 0)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _model_notes(source: Source) -> list[str]:
+    """What a reader should know of the model before believing its figures."""
+    if source.architecture is not None:
+        return [
+            "the weights are random: speed, size and memory are the architecture's; perplexity means nothing, "
+            "agreement with the baseline on seeded tokens does"
+        ]
+    if not source.has_tokenizer:
+        return ["the model has no tokenizer.json: its quality on text cannot be measured, its speed can"]
+    return []
 
 
 def _disk_obstacles(stages: Sequence[PlannedStage], source: Source, store: Store) -> list[str]:
@@ -350,16 +483,23 @@ def _differences(profile: HardwareProfile, host: Host) -> list[str]:
     notes = []
     if profile.physical_cores is not None and host.physical_cores != profile.physical_cores:
         notes.append(f"{profile.name} has {profile.physical_cores} cores, this host {host.physical_cores}")
+    if profile.device == "cuda":  # it says nothing of the machine around it
+        return [f"{profile.name} is {profile.model}; this host has {gpu.name}" for gpu in _other_gpus(profile, host)]
     if missing := sorted(set(profile.instruction_sets) - set(host.instruction_sets)):
         notes.append(f"this host lacks instruction sets of {profile.name}: {', '.join(missing)}")
     if extra := sorted(set(host.instruction_sets) - set(profile.instruction_sets)):
         notes.append(f"this host has instruction sets that {profile.name} lacks: {', '.join(extra)}")
-    if profile.device == "cpu" and profile.memory_bytes and host.memory_bytes < profile.memory_bytes:
+    if profile.memory_bytes and host.memory_bytes < profile.memory_bytes:
         notes.append(
             f"{profile.name} has {profile.memory_bytes / 2**30:.0f} GiB of memory, "
             f"this host {host.memory_bytes / 2**30:.0f} GiB"
         )
     return notes
+
+
+def _other_gpus(profile: HardwareProfile, host: Host) -> list[Gpu]:
+    """The GPU that would be used, if it is not the one that the profile describes."""
+    return [gpu for gpu in host.gpus[:1] if gpu.name != profile.model]
 
 
 def facet_value(name: str, recipe: Recipe, profile: HardwareProfile, host: Host) -> Any:

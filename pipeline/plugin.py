@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.artifact import Artifact, Frozen
 from pipeline.errors import PipelineError, RecipeError, did_you_mean
+from pipeline.memory_estimate import ModelSize, Prediction
 from pipeline.store.writer import OutputWriter
 
 PASSES = "pipeline.passes"
@@ -87,6 +88,14 @@ class Pass(ABC):
         """Context facets that enter the key with these parameters, which may define `facets` as a method."""
         asked = getattr(params, "facets", None)
         return tuple(asked()) if callable(asked) else cls.depends_on
+
+    @classmethod
+    def predict(cls, params: Any, model: ModelSize) -> Prediction:
+        """What becomes of a model of this size, and the memory that making it takes. Nothing heavy is imported here.
+
+        Default: the model keeps its size, in the format that the pass produces, and the memory is not known.
+        """
+        return Prediction(model=model.model_copy(update={"format": cls.formats(params)[1]}))
 
     @classmethod
     def summary(cls) -> str:

@@ -21,9 +21,9 @@ from passes.quantize.products import (
     Product,
     add_initializer,
     excluded,
-    find_head,
     find_lookups,
     find_products,
+    head_of,
     register,
     remove_unused,
     replace,
@@ -33,10 +33,12 @@ from passes.quantize.products import (
 from pipeline import (
     Artifact,
     Field,
+    ModelSize,
     Pass,
     PassContext,
     PassParams,
     PipelineError,
+    Prediction,
     load_onnx,
     reshaped_tensor,
     save_onnx,
@@ -52,6 +54,12 @@ HESSIAN_BYTES = 2 << 30
 """Second moments of inputs that are gathered in one pass over the calibration text; more take further passes."""
 
 WIDTHS = {"int8": 8, "int4": 4}
+
+LIBRARIES_BYTES = {"rtn": 76 * 10**6, "k_quant": 76 * 10**6, "hqq": 290 * 10**6, "gptq": 290 * 10**6}
+"""Memory of the pass's process before any weight is read, by method: the last two import torch. Measured."""
+
+WORKING_BYTES_PER_WEIGHT = {"k_quant": 2.5, "hqq": 12, "gptq": 12}
+"""Copies of a weight in float32 while it is quantized, by method."""
 
 
 class QuantizeWeights(Pass):
@@ -139,9 +147,7 @@ class QuantizeWeights(Pass):
         skipped = excluded(params.exclude, [*products, *lookups])
         head = None
         if params.head != "same":
-            head = find_head(model, artifact.interface.outputs.get("logits", "logits"), products)
-            if head is None:
-                raise PipelineError("the graph has no product that yields logits: leave `head` out")
+            head = head_of(model, artifact, products)
         chosen = [p for p in products if p.node not in skipped and not (p.node is head and params.head == "keep")]
         if not chosen:
             raise PipelineError(f"all {len(products)} weights are excluded: there is nothing to quantize")
@@ -158,6 +164,39 @@ class QuantizeWeights(Pass):
         kind = f"{params.method}, {params.bits} bits in blocks of {params.block_size}"
         report_counts(context, kind, len(chosen), [p for p in products if p not in chosen])
         return save_onnx(model, context.output, like=artifact)
+
+    @classmethod
+    def predict(cls, params: Params, model: ModelSize) -> Prediction:
+        """Codes, and in each block a scale and perhaps a zero point; `exclude` is not foreseen."""
+        widths: dict[str, int] = {"linear": params.bits}
+        if params.head != "keep":
+            widths["head"] = WIDTHS.get(params.head, params.bits)
+        if params.embedding != "keep":
+            widths["embedding"] = WIDTHS[params.embedding]
+        after = model
+        for bits in sorted(set(widths.values())):
+            kinds = [kind for kind, width in widths.items() if width == bits]
+            after = after.with_weights(kinds, f"int{bits}", _bytes_per_weight(params, bits))
+        return Prediction(model=after, conversion_bytes=_peak_bytes(params, model))
+
+
+def _bytes_per_weight(params: QuantizeWeights.Params, bits: int) -> float:
+    zero_point = 0.0 if params.is_symmetric() else 4.0 if params.method == "hqq" else bits / 8
+    return bits / 8 + (4.0 + zero_point) / params.block_size
+
+
+def _peak_bytes(params: QuantizeWeights.Params, model: ModelSize) -> int:
+    """Of the process: its libraries, and what the largest weight needs while it is quantized."""
+    libraries = LIBRARIES_BYTES[params.method]
+    result = model.largest * _bytes_per_weight(params, params.bits)
+    if params.method == "rtn":
+        return round(libraries + result)
+    working = model.largest * WORKING_BYTES_PER_WEIGHT[params.method]
+    moments = 0
+    if params.method == "gptq" and (decoder := model.decoder) is not None:
+        layer = 4 * (3 * decoder.hidden**2 + decoder.intermediate**2)
+        moments = min(HESSIAN_BYTES, decoder.layers * layer + 4 * decoder.hidden**2)
+    return round(libraries + result + working + moments)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from pipeline.cli.options import CellOption, ForceOption, JsonOption, OnlyOption, RecipeArgument, SetOption, UntilOption
+
+if TYPE_CHECKING:
+    from pipeline.report.schema import PredictedMemory
 
 
 def plan_verb(
@@ -36,15 +39,21 @@ def plan_verb(
         plan = plan_recipe(loaded, until=until, only=only, force=force)
         if not json:
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-            for column in ("stage", "pass", "from", "status", "key", "why"):
+            for column in ("stage", "pass", "from", "status", "key"):
                 table.add_column(column, overflow="fold")
+            for column in ("to make", "to run"):
+                table.add_column(column, justify="right", overflow="fold")
+            table.add_column("why", overflow="fold")
             for stage in plan.stages:
                 sources = ", ".join([stage.parent or "", *stage.inputs.values()])
-                row = (stage.name, stage.pass_name, sources, stage.status, stage.key[:12], escape(stage.reason))
-                table.add_row(*row)
+                row = (stage.name, stage.pass_name, sources, stage.status, stage.key[:12])
+                table.add_row(*row, *memory_to_make_and_run(stage.predicted), escape(stage.reason))
             output = console()
             output.print(table)
-            output.print(f"target {plan.hardware.name}, {plan.threads} threads", soft_wrap=True)
+            output.print(
+                f"target {plan.hardware.name}, {plan.threads} threads; memory to make and to run is estimated",
+                soft_wrap=True,
+            )
             for note in plan.notes:
                 output.print(f"note: {escape(note)}", soft_wrap=True)
         code = 0
@@ -58,3 +67,17 @@ def plan_verb(
         return code, plan.model_dump(mode="json", exclude={"stages": {"__all__": {"facets"}}})
 
     return for_each_cell(chosen_recipes(recipe, set_, cell), cell, plan_one, json=json)
+
+
+def memory_to_make_and_run(memory: PredictedMemory | None) -> tuple[str, str]:
+    """Estimates as text. To run counts the weights that are mapped, too."""
+    if memory is None:
+        return "–", "–"
+    to_run = None if memory.inference_bytes is None else memory.inference_bytes + (memory.mapped_bytes or 0)
+    return _size(memory.conversion_bytes), _size(to_run)
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "–"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -100,8 +100,11 @@ class PredictedMemory(Part):
     """Memory, anonymous + shared, as it was estimated before anything ran. The measured figures stand beside it."""
 
     conversion_bytes: int | None = Field(None, description="peak of making the artifact; null: nobody knows")
-    inference_bytes: int | None = Field(None, description="peak of running it: the four below together")
-    weights_bytes: int | None = None
+    inference_bytes: int | None = Field(None, description="peak of running it: weights, cache, activations and runtime")
+    weights_bytes: int | None = Field(None, description="those that the process holds; those it maps are the next")
+    mapped_bytes: int | None = Field(
+        None, description="weights in their files' pages: not part of inference_bytes; they count in fits"
+    )
     kv_cache_bytes: int | None = Field(None, description="at the workload's largest batch and length")
     activations_bytes: int | None = None
     runtime_bytes: int | None = Field(None, description="the process and its libraries")

@@ -1,0 +1,387 @@
+"""Memory that a stage takes, estimated from shapes before anything runs: no weight is read, no heavy library loaded.
+
+All figures are bytes of anonymous and shared memory, as `pipeline.measure.memory` samples them, except those called
+mapped: weights that stay in their file's pages. The constants below are measured; `benchmarks/memory_estimates.py`
+runs a recipe and prints each estimate beside what was measured, which is how they were found and how they are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from pipeline.artifact import ONNX_FILE, Artifact, Frozen, TensorRef
+from pipeline.models.safetensors import DTYPES
+from pipeline.report.schema import PredictedMemory
+
+MB = 10**6
+
+RUNTIME_BYTES = {"torch": 288 * MB, "onnx": 118 * MB}
+"""A worker's process with its libraries before the model's own memory: Python, torch and transformers; or Python, ONNX
+Runtime and a session. By the artifact's format."""
+
+CUDA_CONTEXT_BYTES = 600 * MB
+"""What a CUDA context and the libraries' workspaces take of the device. An assumption: not measured here."""
+
+UNKNOWN_CONVERSION_FACTOR = 2.0
+UNKNOWN_CONVERSION_LIBRARIES_BYTES = 400 * MB
+"""A pass that does not say what it takes is assumed to hold its parent's weights so many times, and its libraries."""
+
+ONNX_WIDENED = 1.1
+"""ONNX Runtime on CPUs widens float16 and bfloat16 weights of products to float32 when it loads them; so many times
+their bytes in float32 are found in memory afterwards."""
+
+PLAIN_DTYPES = dict(DTYPES.values())
+"""Data type -> bytes of an element."""
+
+HALF = frozenset({"float16", "bfloat16"})
+
+EMBEDDINGS = ("embed_tokens", "embed_in", "embed_positions", "word_embeddings", "wte", "wpe", "tok_embeddings")
+HEADS = ("lm_head", "embed_out")
+"""Parts of the names that tensors have in checkpoints."""
+
+Kind = Literal["linear", "embedding", "head", "other"]
+KINDS: tuple[Kind, ...] = ("linear", "embedding", "head", "other")
+
+
+class Weights(Frozen):
+    """The weights of one kind. Scales and zero points of quantized ones count in `bytes_per_parameter`."""
+
+    parameters: NonNegativeInt = 0
+    dtype: str = Field("float32", description="data type that they are stored in, such as bfloat16, int4")
+    bytes_per_parameter: NonNegativeFloat = 4.0
+
+    @property
+    def size_bytes(self) -> int:
+        return round(self.parameters * self.bytes_per_parameter)
+
+
+class Decoder(Frozen):
+    """The sizes of a decoder-only transformer that its memory follows from."""
+
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    hidden: PositiveInt
+    intermediate: PositiveInt
+    vocab: PositiveInt
+
+
+class ModelSize(Frozen):
+    """How large a model is, how its weights are stored, and what it computes in."""
+
+    format: str = Field("torch", description="torch | onnx")
+    linear: Weights = Weights()
+    embedding: Weights = Weights()
+    head: Weights = Weights()
+    other: Weights = Weights()
+    tied: bool = Field(False, description="the head reads the embedding's bytes: they are stored once")
+    largest: NonNegativeInt = Field(0, description="parameters of the largest weight")
+    dtype: str = Field("float32", description="data type of activations and cache")
+    decoder: Decoder | None = Field(None, description="None where the configuration does not say")
+    logits_to_keep: bool = Field(True, description="a prompt gives the logits of its last position alone")
+    prepacked: bool = Field(False, description="weights are stored as they are computed with, and so stay mapped")
+
+    def weights(self, kind: str) -> Weights:
+        found: Weights = getattr(self, kind)
+        return found
+
+    @property
+    def parameters(self) -> int:
+        """Distinct ones: a tied head counts with the embedding."""
+        return sum(self.weights(kind).parameters for kind in self.stored_kinds)
+
+    @property
+    def stored_kinds(self) -> tuple[Kind, ...]:
+        return tuple(kind for kind in KINDS if not (kind == "head" and self.tied))
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+        return sum(self.weights(kind).size_bytes for kind in self.stored_kinds)
+
+    def with_weights(self, kinds: Iterable[str], dtype: str, bytes_per_parameter: float) -> ModelSize:
+        """The model with the weights of these kinds stored so. A head that is changed alone is no longer tied."""
+        changed = set(kinds)
+        update: dict[str, Any] = {
+            kind: Weights(
+                parameters=self.weights(kind).parameters, dtype=dtype, bytes_per_parameter=bytes_per_parameter
+            )
+            for kind in changed
+        }
+        if ("head" in changed) != ("embedding" in changed):
+            update["tied"] = False
+        return self.model_copy(update=update)
+
+
+class Prediction(Frozen):
+    """What a pass makes of a model, and the memory that making it takes."""
+
+    model: ModelSize
+    conversion_bytes: int | None = Field(
+        None, description="peak of the pass's process, anonymous + shared; None: the pass does not know"
+    )
+
+
+class Load(NamedTuple):
+    """What a workload asks for at its largest."""
+
+    batch: int
+    prompt: int
+    new_tokens: int
+
+
+# --- what a model is -------------------------------------------------------------------------------------------------
+
+
+def size_of_artifact(artifact: Artifact) -> ModelSize:
+    """The size of an untouched model: its configuration and the places of its tensors. No weight is read."""
+    manifest = artifact.manifest
+    cache = manifest.interface.cache
+    dtype = str(manifest.execution.get("dtype", "float32")) if artifact.format == "torch" else "float32"
+    model = ModelSize(
+        format=artifact.format,
+        dtype=cache.dtype if cache else dtype,
+        decoder=decoder_of(artifact.read_json("config.json")),
+        logits_to_keep=artifact.format == "torch" or manifest.interface.logits_to_keep is not None,
+    )
+    tensors = {name: ref for part in manifest.components.values() for name, ref in part.tensors.items()}
+    if not tensors and artifact.format == "onnx":  # the graph keeps its weights inside: as products in float32
+        inside = artifact.component.files[ONNX_FILE].size_bytes
+        return model.model_copy(update={"linear": Weights(parameters=inside // 4)})
+    return _counted(model, tensors)
+
+
+def size_of_config(config: Mapping[str, Any], *, dtype: str = "float32") -> ModelSize:
+    """The size of a model of which only the configuration is known: gated MLPs, no biases, a norm before each block.
+
+    Within a few percent for Llama and its relatives; weights of an architecture without a `decoder` count nothing.
+    """
+    decoder = decoder_of(config)
+    if decoder is None:
+        return ModelSize(dtype=dtype)
+    attention = decoder.hidden * decoder.head_dim * 2 * (decoder.heads + decoder.kv_heads)
+    mlp = 3 * decoder.hidden * decoder.intermediate
+    table = decoder.vocab * decoder.hidden
+
+    def stored(parameters: int) -> Weights:
+        return Weights(parameters=parameters, dtype=dtype, bytes_per_parameter=PLAIN_DTYPES.get(dtype, 4))
+
+    return ModelSize(
+        dtype=dtype,
+        linear=stored(decoder.layers * (attention + mlp)),
+        embedding=stored(table),
+        head=stored(table),
+        other=stored((2 * decoder.layers + 1) * decoder.hidden),
+        tied=bool(_text(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        largest=max(table, decoder.hidden * decoder.intermediate),
+        decoder=decoder,
+    )
+
+
+def corrected(model: ModelSize, artifact: Artifact) -> ModelSize:
+    """`model`, as it was predicted, with the bytes that its weights really take in an artifact that is there."""
+    spans: dict[tuple[str, int, int], tuple[Kind, TensorRef]] = {}
+    for part in artifact.manifest.components.values():
+        for name, ref in part.tensors.items():
+            spans.setdefault((part.files[ref.file].digest, ref.offset, ref.length), (_kind(name, ref), ref))
+    if not spans:
+        return model
+    found = dict.fromkeys(KINDS, 0)
+    for kind, ref in spans.values():
+        found[kind] += ref.length
+    # scales of a quantized weight carry its name, and so its kind; a head under another name counts with the linear
+    if model.head.parameters and not model.tied and not found["head"]:
+        share = model.head.size_bytes / max(1, model.head.size_bytes + model.linear.size_bytes)
+        found["head"] = round(found["linear"] * share)
+        found["linear"] -= found["head"]
+    update: dict[str, Any] = {}
+    for kind in KINDS:
+        weights = model.weights(kind)
+        if weights.parameters and found[kind]:
+            update[kind] = weights.model_copy(update={"bytes_per_parameter": found[kind] / weights.parameters})
+    return model.model_copy(update=update)
+
+
+def decoder_of(config: Mapping[str, Any]) -> Decoder | None:
+    """The sizes that a config.json of transformers gives; None where one of them is missing or no number."""
+    text = _text(config)
+    hidden = _count(text, "hidden_size", "n_embd", "d_model")
+    heads = _count(text, "num_attention_heads", "n_head", "num_heads")
+    layers = _count(text, "num_hidden_layers", "n_layer", "num_layers")
+    vocab = _count(text, "vocab_size")
+    if hidden is None or heads is None or layers is None or vocab is None:
+        return None
+    return Decoder(
+        layers=layers,
+        heads=heads,
+        kv_heads=_count(text, "num_key_value_heads", "num_kv_heads") or heads,
+        head_dim=_count(text, "head_dim") or max(1, hidden // heads),
+        hidden=hidden,
+        intermediate=_count(text, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
+        vocab=vocab,
+    )
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of the configuration that describes the language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _count(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these fields that holds a whole number above 0."""
+    found = (config.get(name) for name in names)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+
+
+def _counted(model: ModelSize, tensors: Mapping[str, TensorRef]) -> ModelSize:
+    """`model` with its weights counted from the tensors of a checkpoint."""
+    sums: dict[Kind, dict[str, list[int]]] = {kind: {} for kind in KINDS}
+    largest = 0
+    for name, ref in tensors.items():
+        elements = 1
+        for length in ref.shape:
+            elements *= length
+        pair = sums[_kind(name, ref)].setdefault(ref.dtype, [0, 0])
+        pair[0] += elements
+        pair[1] += ref.length
+        largest = max(largest, elements)
+    update: dict[str, Any] = {"largest": largest}
+    for kind, by_dtype in sums.items():
+        parameters = sum(pair[0] for pair in by_dtype.values())
+        size = sum(pair[1] for pair in by_dtype.values())
+        if parameters:
+            dtype = max(by_dtype, key=lambda name: by_dtype[name][0])
+            update[kind] = Weights(parameters=parameters, dtype=dtype, bytes_per_parameter=size / parameters)
+    if "head" not in update and "embedding" in update:
+        decoder = model.decoder
+        table = decoder.vocab * decoder.hidden if decoder else update["embedding"].parameters
+        update["head"] = update["embedding"].model_copy(update={"parameters": table})
+        update["tied"] = True
+    return model.model_copy(update=update)
+
+
+def _kind(name: str, ref: TensorRef) -> Kind:
+    parts = name.split(".")
+    if any(part in EMBEDDINGS for part in parts):
+        return "embedding"
+    if any(part in HEADS for part in parts):
+        return "head"
+    return "linear" if len(ref.shape) >= 2 or name.endswith((".scales", ".zero_points")) else "other"
+
+
+# --- what running it takes -------------------------------------------------------------------------------------------
+
+
+def kv_cache_bytes(decoder: Decoder, *, batch: int, length: int, dtype: str) -> int:
+    """Keys and values [B, kv_heads, T, head_dim] of all layers."""
+    values = 2 * decoder.layers * batch * decoder.kv_heads * length * decoder.head_dim
+    return values * PLAIN_DTYPES.get(dtype, 4)
+
+
+def activation_bytes(model: ModelSize, load: Load, *, device: str = "cpu") -> int | None:
+    """The peak of a prompt's forward pass beside weights and cache; None where the model's sizes are not known.
+
+    Attention scores [B, heads, S, S], three tensors of the MLP's width [B, S, I] and four of the hidden width
+    [B, S, H], and the logits [B, S, V] in float32. An ONNX graph returns a new cache beside the one that it was given.
+    In half precision, oneDNN lays the largest weight out anew for torch, and widens it, too, for more than one row.
+    """
+    decoder = model.decoder
+    if decoder is None:
+        return None
+    size = PLAIN_DTYPES.get(model.dtype, 4)
+    tokens = load.batch * load.prompt
+    scores = load.batch * decoder.heads * load.prompt * load.prompt
+    hidden = tokens * (3 * decoder.intermediate + 4 * decoder.hidden)
+    logits = (load.batch if model.logits_to_keep else tokens) * decoder.vocab * 4
+    cache = 0
+    if model.format == "onnx":
+        length = load.prompt + load.new_tokens
+        cache = kv_cache_bytes(decoder, batch=load.batch, length=length, dtype=model.dtype)
+    scratch = 0
+    if model.format == "torch" and model.dtype in HALF and device == "cpu":
+        scratch = model.largest * (size if load.batch == 1 else size + 4)
+    return (scores + hidden) * size + logits + cache + scratch
+
+
+class Held(NamedTuple):
+    """Weights of a loaded model."""
+
+    memory_bytes: int
+    mapped_bytes: int
+
+
+def held_weights(model: ModelSize, *, device: str = "cpu") -> Held:
+    """Where the weights are once the model is loaded.
+
+    torch: mapped where the data type stays, else converted copies. ONNX Runtime: copies, those of products in the
+    layout and the data type that its kernels take; weights that were packed beforehand stay mapped. On a GPU all are
+    in the device's memory.
+    """
+    memory = mapped = 0
+    for kind in model.stored_kinds:
+        weights = model.weights(kind)
+        if model.format == "torch":
+            if weights.dtype == model.dtype or weights.dtype not in PLAIN_DTYPES:
+                mapped += weights.size_bytes
+            else:
+                memory += weights.parameters * PLAIN_DTYPES.get(model.dtype, 4)
+        elif model.prepacked:
+            mapped += weights.size_bytes
+        else:
+            memory += weights.size_bytes
+    if model.format == "onnx" and not model.prepacked and device == "cpu":
+        for kind in ("linear", "head"):
+            weights = model.weights(kind)
+            if weights.dtype in HALF:
+                memory += round(weights.parameters * 4 * ONNX_WIDENED)
+            elif kind == "head" and model.tied:  # one copy to look rows up in, one as its product takes it
+                memory += weights.size_bytes
+    return Held(memory + mapped, 0) if device == "cuda" else Held(memory, mapped)
+
+
+def predict_memory(
+    prediction: Prediction,
+    loads: Iterable[Load],
+    *,
+    device: str = "cpu",
+    capacity_bytes: int | None = None,
+) -> PredictedMemory:
+    """Conversion and inference of one stage, the latter at the largest of these workloads.
+
+    `capacity_bytes` is the target's memory: `fits` says whether inference, with the weights that are mapped, goes in.
+    """
+    model = prediction.model
+    held = held_weights(model, device=device)
+    runtime = CUDA_CONTEXT_BYTES if device == "cuda" else RUNTIME_BYTES.get(model.format, RUNTIME_BYTES["torch"])
+    cache = activations = None
+    if model.decoder is not None:
+        found = list(loads)
+        cache = max(
+            kv_cache_bytes(model.decoder, batch=x.batch, length=x.prompt + x.new_tokens, dtype=model.dtype)
+            for x in found
+        )
+        activations = max(activation_bytes(model, load, device=device) or 0 for load in found)
+    inference = fits = None
+    if cache is not None and activations is not None and model.parameters:
+        inference = runtime + held.memory_bytes + cache + activations
+        fits = None if capacity_bytes is None else inference + held.mapped_bytes <= capacity_bytes
+    return PredictedMemory(
+        conversion_bytes=prediction.conversion_bytes,
+        inference_bytes=inference,
+        weights_bytes=held.memory_bytes,
+        mapped_bytes=held.mapped_bytes,
+        kv_cache_bytes=cache,
+        activations_bytes=activations,
+        runtime_bytes=runtime,
+        fits=fits,
+    )
+
+
+def unknown_conversion_bytes(model: ModelSize) -> int:
+    """What a pass is assumed to take that does not say: its parent's weights twice, and libraries."""
+    return round(model.weights_bytes * UNKNOWN_CONVERSION_FACTOR) + UNKNOWN_CONVERSION_LIBRARIES_BYTES
