@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-EFFECT_VERSION = 2
+EFFECT_VERSION = 3
 """Enters the key of cached effects: raised when the same two artifacts would compare otherwise."""
 
 EffectKind = Literal["none", "graph", "weights", "execution", "conversion"]
@@ -247,25 +247,37 @@ def _is_quantized(node: ir.Node) -> bool:
         return True
     if (node.domain, node.op_type) not in PRODUCTS:
         return False
-    return any(_origin(value)[1] == "DequantizeLinear" for value in node.inputs[:2] if value is not None)
+    return any(_is_stored_quantized(value) for value in node.inputs[:2] if value is not None)
+
+
+def _is_stored_quantized(value: ir.Value) -> bool:
+    """Whether it is a constant weight that a DequantizeLinear restores; a quantized activation is none."""
+    node = _origin(value).producer()
+    if node is None or (node.domain, node.op_type) != ("", "DequantizeLinear") or node.inputs[0] is None:
+        return False
+    return _is_constant_matrix(node.inputs[0])
 
 
 def _has_constant_weight(node: ir.Node) -> bool:
     if (node.domain, node.op_type) not in PRODUCTS:
         return False
-    return any(_origin(value)[0] for value in node.inputs[:2] if value is not None)
+    return any(_is_constant_matrix(value) for value in node.inputs[:2] if value is not None)
 
 
-def _origin(value: ir.Value) -> tuple[bool, str | None]:
-    """(whether it is an initializer of at least two dimensions, the operator that makes it), seen through casts …"""
+def _is_constant_matrix(value: ir.Value) -> bool:
+    """Whether it is an initializer of at least two dimensions, seen through casts …"""
+    origin = _origin(value)
+    tensor = origin.const_value
+    return origin.producer() is None and tensor is not None and len(tensor.shape) >= 2
+
+
+def _origin(value: ir.Value) -> ir.Value:
+    """What `value` is made of, seen through casts, transpositions …"""
     node = value.producer()
     while node is not None and node.op_type in PASSED_THROUGH and node.inputs and node.inputs[0] is not None:
         value = node.inputs[0]
         node = value.producer()
-    if node is not None:
-        return False, node.op_type
-    tensor = value.const_value
-    return tensor is not None and len(tensor.shape) >= 2, None
+    return value
 
 
 def _compare_torch(before: Artifact, after: Artifact, idle: EffectKind) -> Effect:
