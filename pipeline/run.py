@@ -24,7 +24,7 @@ from pipeline.plugin import Registry
 from pipeline.recipe import Recipe
 from pipeline.recipe.parsing import to_yaml
 from pipeline.report.build import build_report
-from pipeline.report.folder import LATEST, REPORT
+from pipeline.report.folder import LATEST, write_report
 from pipeline.report.schema import Report
 from pipeline.store import Store, default_store_path
 from pipeline.store.folder import materialize
@@ -155,6 +155,8 @@ def _source(recipe: Recipe, *, download: bool) -> Source:
             revision=model.revision,
             dtype=model.dtype,
             download=download,
+            trust_remote_code=model.trust_remote_code,
+            architecture=model.architecture.model_dump() if model.architecture else None,
         )
     except RecipeError as error:
         where = recipe.location("model", model.kind)
@@ -245,7 +247,7 @@ def _write(folder: Path, recipe: Recipe, plan: Plan, measured: Measured, report:
     (folder / "plan.json").write_text(plan.model_dump_json(indent=1, exclude=facets), encoding="utf-8")
     if measured.speed is not None:
         (folder / "samples.json").write_text(measured.speed.model_dump_json(), encoding="utf-8")
-    (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
+    write_report(report, folder)
 
 
 def _resolved(recipe: Recipe, plan: Plan) -> str:
@@ -258,6 +260,9 @@ def _resolved(recipe: Recipe, plan: Plan) -> str:
 
     if recipe.model.path is not None:
         data["model"]["path"] = absolute(recipe.model.path, "model", "path")
+    if recipe.model.onnx is not None:  # a link in the hub's cache stays one: its data files lie beside it
+        file = recipe.folder_of("model", "onnx") / Path(recipe.model.onnx).expanduser()
+        data["model"]["onnx"] = str(file.parent.resolve() / file.name)
     if recipe.hardware.endswith((".yaml", ".yml")):
         data["hardware"] = absolute(recipe.hardware, "hardware")
     if recipe.evaluate.quality.text != "builtin":

@@ -15,7 +15,8 @@ from rich.table import Table
 from pipeline.events import Events
 from pipeline.execute import StageResult
 from pipeline.plan import Plan
-from pipeline.report.terminal import STYLES, megabytes
+from pipeline.report.figures import megabytes
+from pipeline.report.terminal import STYLES
 
 
 class LiveDisplay(Events):

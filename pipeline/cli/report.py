@@ -12,16 +12,47 @@ from pipeline.cli.options import JsonOption
 
 def report_verb(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or a recipe's name: its latest run.")],
+    html: Annotated[bool, typer.Option("--html", help="One HTML file that needs nothing else.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown, as GitHub shows it.")] = False,
     json: JsonOption = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to FILE instead of printing.")
+    ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs' results.")] = Path("runs"),
 ) -> None:
-    """Show the report of a run again."""
-    from pipeline.cli.output import console, print_json
-    from pipeline.report.folder import read_report
-    from pipeline.report.terminal import render
+    """Show the report of a run again.
 
+    In the terminal, or as HTML, Markdown or JSON.
+    """
+    from pipeline.errors import RecipeError
+    from pipeline.report.folder import read_report
+
+    if sum((html, markdown, json)) > 1:
+        raise RecipeError("--html, --markdown and --json exclude each other")
     report = read_report(run, runs)
-    if json:
-        print_json(report.model_dump(mode="json", by_alias=True))
+    if html:
+        from pipeline.report.html import render_html
+
+        text = render_html(report)
+    elif markdown:
+        from pipeline.report.markdown import render_markdown
+
+        text = render_markdown(report)
+    elif json:
+        text = report.to_json()
     else:
-        render(report, console())
+        from pipeline.cli.output import console
+        from pipeline.report.terminal import render, render_text
+
+        if output is None:
+            render(report, console())
+            return
+        text = render_text(report)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    if output.is_dir():
+        raise RecipeError(f"--output {output} is a folder; give a file")
+    if not output.parent.is_dir():
+        raise RecipeError(f"--output {output}: there is no folder {output.parent}")
+    output.write_text(text, encoding="utf-8")

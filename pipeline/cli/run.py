@@ -25,12 +25,13 @@ def run_verb(
 ) -> int:
     """Run a recipe and report on every stage.
 
-    Makes the stages that are not in the store, measures all, and writes runs/NAME/ID/report.json.
+    Makes the stages that are not in the store, measures all, and writes runs/NAME/ID/report.html, .md and .json.
     """
     from pipeline.cli.cells import chosen_recipes, for_each_cell
     from pipeline.cli.live import LiveDisplay
     from pipeline.cli.output import console
     from pipeline.recipe import Recipe
+    from pipeline.report.folder import HTML, MARKDOWN, REPORT
     from pipeline.report.terminal import render
     from pipeline.run import run
 
@@ -39,7 +40,7 @@ def run_verb(
             result = run(loaded, until=until, only=only, measure=not no_measure, force=force, runs=runs, events=display)
         if not json:
             render(result.report, console())
-            typer.echo(f"report: {result.folder / 'report.json'}")
+            typer.echo(f"report: {result.folder / HTML}  ({MARKDOWN}, {REPORT})")
             if result.report.export:
                 typer.echo(f"model:  {result.folder / 'model'}  ({result.report.export})")
         return result.exit_code, result.report.model_dump(mode="json", by_alias=True)

@@ -19,6 +19,7 @@ from pipeline.measure.statistics import NoiseFloor as MeasuredFloor
 from pipeline.measure.statistics import SpeedPoint, speed_figures
 from pipeline.plan import Plan, PlannedStage, digest_of
 from pipeline.recipe import Recipe
+from pipeline.recipe.schema import SOURCE
 from pipeline.report.gates import Condition, evaluate_gate
 from pipeline.report.schema import (
     ArtifactFacts,
@@ -26,6 +27,7 @@ from pipeline.report.schema import (
     Effect,
     Load,
     Lock,
+    ModelFacts,
     NoiseFloor,
     QualityFacts,
     QualityRatio,
@@ -33,6 +35,7 @@ from pipeline.report.schema import (
     Speed,
     StageReport,
 )
+from pipeline.report.words import has_random_weights, is_broken
 
 PACKAGES = (
     "pipeline",
@@ -83,6 +86,8 @@ def build_report(
                 speed=speed,
                 points=figures.get(planned.name, ()),
                 failure=measured.failures.get(planned.name),
+                unloadable=planned.name in measured.unloadable,
+                log=measured.logs.get(planned.name),
                 held=held,
             )
         )
@@ -91,6 +96,9 @@ def build_report(
     draft = Report(
         recipe=recipe.name,
         description=recipe.description,
+        model=ModelFacts(
+            source=str(plan.stage(SOURCE).params["model"]), random_weights=recipe.model.architecture is not None
+        ),
         cell=recipe.cell,
         run=run_id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,12 +120,17 @@ def build_report(
 
 
 def pareto(report: Report) -> tuple[str, ...]:
-    """Stages that no other beats in decode speed (first workload point) or perplexity and at least equals in both."""
+    """Stages that no other beats in decode speed (first workload point) or quality and at least equals in both.
+
+    Quality is perplexity; for random weights, whose perplexity means nothing, the divergence from the baseline. What is
+    broken is never among them.
+    """
     figures = {}
     for stage in report.stages:
         decode = next((p for p in stage.speed or () if p.kind == "decode"), None)
-        if decode and stage.quality and stage.quality.perplexity is not None:
-            figures[stage.name] = (decode.tokens_per_s.median, -stage.quality.perplexity)
+        loss = _loss(stage, report)
+        if decode and loss is not None:
+            figures[stage.name] = (decode.tokens_per_s.median, -loss)
     return tuple(
         name
         for name, mine in figures.items()
@@ -125,6 +138,18 @@ def pareto(report: Report) -> tuple[str, ...]:
             all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in figures.values()
         )
     )
+
+
+def _loss(stage: StageReport, report: Report) -> float | None:
+    """How bad its predictions are; None where nothing can be said, or where they are garbage."""
+    if stage.quality is None or is_broken(stage):
+        return None
+    if not has_random_weights(report):
+        return stage.quality.perplexity
+    paired = stage.quality.vs_baseline
+    if paired is None:
+        return 0.0 if stage.name == report.baseline else None
+    return paired.kl_divergence
 
 
 def _stage(
@@ -137,6 +162,8 @@ def _stage(
     speed: SpeedMeasurement | None,
     points: tuple[SpeedPoint, ...],
     failure: str | None,
+    unloadable: bool,
+    log: str | None,
     held: set[str],
 ) -> StageReport:
     measured = speed is not None and bool(points)
@@ -147,11 +174,12 @@ def _stage(
             "pass": planned.pass_name,
             "params": planned.params,
             "parent": planned.parent,
-            "status": "unmeasured" if failure and artifact else result.status,
+            "status": ("failed" if unloadable else "unmeasured") if failure and artifact else result.status,
             "reason": failure or result.reason,
-            "log": result.log,
+            "log": result.log or log,
             "artifact": _facts(artifact, held) if artifact else None,
             "cost": Cost(**result.cost.model_dump()),
+            "predicted_memory": planned.predicted,
             "effect": Effect(**effect.model_dump()) if effect else None,
             "load": Load(**load.model_dump()) if load else None,
             "inference_peak_memory_bytes": speed.inference_peak_memory_bytes.get(planned.name) if speed else None,

@@ -10,7 +10,22 @@ from pipeline.errors import RecipeError, did_you_mean
 from pipeline.report.schema import Report
 
 REPORT = "report.json"
+MARKDOWN = "report.md"
+HTML = "report.html"
 LATEST = "latest"
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.md, report.html and, last of all, report.json: a folder that has it is complete.
+
+    Raises: OSError where the folder cannot be written.
+    """
+    from pipeline.report.html import render_html
+    from pipeline.report.markdown import render_markdown
+
+    (folder / MARKDOWN).write_text(render_markdown(report), encoding="utf-8")
+    (folder / HTML).write_text(render_html(report), encoding="utf-8")
+    (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
 
 
 def find_run(run: str, runs: Path) -> Path:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.report.figures import gate_value, megabytes, number, rate, rate_interval, seconds
 from pipeline.report.schema import Interval, PlainRatio, Ratio, Report, StageReport
+from pipeline.report.words import effect_in_words, headline, is_broken, sentence
 
 STYLES = {
     "faster": "green",
@@ -31,17 +35,26 @@ def render(report: Report, console: Console) -> None:
     console.print()
     parts = [
         _head(report),
+        _headline(report),
         _speed(report),
         _quality(report),
         _resources(report),
+        _predictions(report),
         _changes(report),
-        _failures(report),
+        _in_words(report),
         _gates(report),
     ]
     for part in parts:
         if part is not None:
             console.print(part)
             console.print()
+
+
+def render_text(report: Report, width: int = 120) -> str:
+    """The whole report as plain text, without colours."""
+    out = io.StringIO()
+    render(report, Console(file=out, width=width, highlight=False, color_system=None))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def _head(report: Report) -> RenderableType:
@@ -52,6 +65,11 @@ def _head(report: Report) -> RenderableType:
     ]
     lines += [f"note: {escape(note)}" for note in report.notes]
     return Text.from_markup("\n".join(lines))
+
+
+def _headline(report: Report) -> RenderableType | None:
+    lines = headline(report)
+    return Text("\n".join(lines)) if lines else None
 
 
 def _speed(report: Report) -> RenderableType | None:
@@ -95,10 +113,10 @@ def _quality(report: Report) -> RenderableType | None:
         paired = stage.quality.vs_baseline
         table.add_row(
             stage.name,
-            _number(stage.quality.perplexity, ".3f"),
+            number(stage.quality.perplexity, ".3f"),
             *_plain_ratio(paired.perplexity_ratio if paired else None),
-            _number(paired.kl_divergence, ".2g") if paired else "–",
-            _number(paired.top1_agreement, ".1%") if paired else "–",
+            number(paired.kl_divergence, ".2g") if paired else "–",
+            number(paired.top1_agreement, ".1%") if paired else "–",
             _styled(paired.verdict) if paired else ("baseline" if stage.name == report.baseline else "–"),
         )
     return _titled(f"quality on {scored:,} held-out tokens", table)
@@ -117,10 +135,10 @@ def _resources(report: Report) -> RenderableType | None:
         table.add_row(
             stage.name,
             megabytes(stage.artifact.size_bytes),
-            _seconds(load.cold_s if load else None),
-            _seconds(load.warm_s if load else None),
+            seconds(load.cold_s if load else None),
+            seconds(load.warm_s if load else None),
             megabytes(stage.inference_peak_memory_bytes),
-            _seconds(stage.cost.wall_s),
+            seconds(stage.cost.wall_s),
             megabytes(stage.cost.peak_memory_bytes),
             megabytes(stage.artifact.unique_bytes),
         )
@@ -134,13 +152,38 @@ def _changes(report: Report) -> RenderableType:
     return _titled("stages", table)
 
 
-def _failures(report: Report) -> RenderableType | None:
-    lines = []
+def _in_words(report: Report) -> RenderableType:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", ratio=1)
     for stage in report.stages:
-        if stage.reason:
-            log = f" (log: {escape(stage.log)})" if stage.log and stage.status == "failed" else ""
-            lines.append(f"[{STYLES.get(stage.status, 'default')}]{stage.name}[/]: {escape(stage.reason)}{log}")
-    return Text.from_markup("\n".join(lines)) if lines else None
+        style = STYLES["broken"] if is_broken(stage) else STYLES.get(stage.status, "default")
+        log = f" (log: {escape(stage.log)})" if stage.log and stage.status in {"failed", "unmeasured"} else ""
+        table.add_row(f"[{style}]{escape(stage.name)}[/]", escape(sentence(stage, report)) + log)
+    return Group(Text("in words", style="bold"), table)
+
+
+def _predictions(report: Report) -> RenderableType | None:
+    if all(stage.predicted_memory is None for stage in report.stages):
+        return None
+    table = _table("stage")
+    for column in ("to run: estimated", "measured", "to make: estimated", "measured"):
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("target")
+    for stage in report.stages:
+        predicted = stage.predicted_memory
+        if predicted is None:
+            continue
+        fits = {True: "fits", False: "does not fit", None: "–"}[predicted.fits]
+        table.add_row(
+            stage.name,
+            megabytes(predicted.inference_bytes),
+            megabytes(stage.inference_peak_memory_bytes),
+            megabytes(predicted.conversion_bytes),
+            megabytes(stage.cost.peak_memory_bytes),
+            fits,
+        )
+    return _titled("memory, as estimated before anything ran, and as measured", table)
 
 
 def _gates(report: Report) -> RenderableType | None:
@@ -149,35 +192,10 @@ def _gates(report: Report) -> RenderableType | None:
     table = _table("gate", "result")
     table.add_column("deciding value", justify="right")
     for gate in report.gates:
-        large = gate.observed is not None and abs(gate.observed) >= 1e4
-        table.add_row(escape(gate.gate), _styled(gate.result), _number(gate.observed, ",.0f" if large else ".5g"))
+        table.add_row(escape(gate.gate), _styled(gate.result), gate_value(gate.observed))
     reasons = [f"{escape(g.gate)}: {escape(g.reason)}" for g in report.gates if g.reason]
     shown = _titled("gates", table)
     return Group(shown, Text.from_markup("\n".join(reasons))) if reasons else shown
-
-
-def effect_in_words(stage: StageReport) -> str:
-    """What the stage changed, short."""
-    effect = stage.effect
-    if effect is None:
-        return "–"
-    if effect.kind == "none":
-        return "changed nothing"
-    words: list[str] = [effect.kind]
-    if effect.weights_quantized is not None:
-        done, of = effect.weights_quantized
-        words.append(f"{done} of {of} weights quantized")
-    before, after = effect.nodes or (None, None)
-    if after is not None:
-        words.append(f"{after} nodes" if before in {None, after} else f"{before} → {after} nodes")
-    return ", ".join(words)
-
-
-def megabytes(size: int | None) -> str:
-    """Bytes as MB (10^6), GB from 10^10 on."""
-    if size is None:
-        return "–"
-    return f"{size / 1e9:.1f} GB" if size >= 1e10 else f"{size / 1e6:.1f} MB"
 
 
 def _points(report: Report) -> list[tuple[str, int, int]]:
@@ -201,8 +219,7 @@ def _titled(title: str, table: Table) -> RenderableType:
 
 
 def _rate(figure: Interval) -> tuple[str, str]:
-    digits = 0 if figure.median >= 100 else 1
-    return f"{figure.median:,.{digits}f}", f"{figure.low:,.{digits}f}–{figure.high:,.{digits}f}"
+    return rate(figure.median), rate_interval(figure.median, figure)
 
 
 def _ratio(ratio: Ratio | None, stage: StageReport, report: Report) -> tuple[str, str, str]:
@@ -217,14 +234,6 @@ def _plain_ratio(ratio: PlainRatio | None) -> tuple[str, str]:
     if ratio.ratio is None or ratio.low is None or ratio.high is None:
         return "not finite", "–"
     return f"{ratio.ratio:.4f}", f"{ratio.low:.4f}–{ratio.high:.4f}"
-
-
-def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
 
 
 def _styled(word: str) -> str:

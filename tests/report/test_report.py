@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -10,21 +9,15 @@ from pathlib import Path
 import jsonschema
 import pytest
 from pydantic import ValidationError
-from rich.console import Console
 
 from pipeline.recipe.schema import parse_gate
 from pipeline.report.build import pareto
+from pipeline.report.figures import megabytes
 from pipeline.report.gates import METRICS, Condition, evaluate_gate
 from pipeline.report.schema import GateResult, Report, report_json_schema
-from pipeline.report.terminal import megabytes, render
+from pipeline.report.terminal import render_text
 
 GOLDEN = Path(__file__).parent / "golden.txt"
-
-
-def rendered(report: Report) -> str:
-    out = io.StringIO()
-    render(report, Console(file=out, width=120, highlight=False, color_system=None))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def gate(text: str, report: Report) -> GateResult:
@@ -49,19 +42,19 @@ def test_the_schema_refuses_what_it_does_not_know(report: Report) -> None:
 
 
 def test_the_terminal_shows_what_it_showed_before(report: Report) -> None:
-    """After a change that is meant: write rendered(report) to golden.txt, and look at the difference."""
-    assert rendered(report) == GOLDEN.read_text()
+    """After a change that is meant: write render_text(report) to golden.txt, and look at the difference."""
+    assert render_text(report) == GOLDEN.read_text()
 
 
 def test_markup_in_a_strangers_words_is_shown_and_not_obeyed(report: Report) -> None:
-    text = rendered(report)
+    text = render_text(report)
     assert "every kind of [stage]" in text
     assert "ZeroDivisionError: [1/0]" in text
 
 
 def test_a_broken_stage_shouts_however_fast_it_is(report: Report) -> None:
     line = next(
-        line for line in rendered(report).splitlines() if line.strip().startswith("garbage") and "broken" in line
+        line for line in render_text(report).splitlines() if line.strip().startswith("garbage") and "broken" in line
     )
     assert "not finite" in line
 

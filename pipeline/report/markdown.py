@@ -1,0 +1,249 @@
+"""The report as Markdown in GitHub's dialect: tables, sentences, sample texts. Strangers' words are escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from pipeline.report import figures, words
+from pipeline.report.machines import host_facts, target_facts
+from pipeline.report.schema import Report, StageReport
+
+SPECIAL = re.compile(r"([\\`*\[\]|~$]|^[#+\->]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+"""What Markdown takes for markup: anywhere, at the start of a line, or beside a word."""
+
+
+def render_markdown(report: Report) -> str:
+    """The whole page."""
+    parts = [
+        _head(report),
+        _gates(report),
+        _speed(report),
+        _quality(report),
+        _resources(report),
+        _stages(report),
+        _where(report),
+        _lock(report),
+    ]
+    return "\n\n".join("\n".join(part) for part in map(list, parts) if part) + "\n"
+
+
+def plain(text: object) -> str:
+    """A stranger's words in one line, none of them markup."""
+    flat = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = SPECIAL.sub(r"\\\1", flat)
+    # a bare address would become a link, and a name after an at sign would be called
+    return escaped.replace("://", ":&#8203;//").replace("www.", "www&#8203;.").replace("@", "&#64;")
+
+
+def code(text: object, *, in_table: bool = False) -> str:
+    """Code in one line, in a fence that its contents cannot close."""
+    flat = " ".join(str(text).split())
+    if in_table:  # a table splits its cells before it sees code
+        flat = flat.replace("|", "\\|")
+    longest = max((len(run) for run in re.findall(r"`+", flat)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if flat.startswith("`") or flat.endswith("`") or not flat else ""
+    return f"{fence}{space}{flat}{space}{fence}"
+
+
+def block(text: str) -> str:
+    """Text in a fence that its contents cannot close."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table; a header that begins with `>` has its column aligned to the right."""
+    yield "| " + " | ".join(h.removeprefix(">") for h in header) + " |"
+    yield "| " + " | ".join("---:" if h.startswith(">") else "---" for h in header) + " |"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def _head(report: Report) -> Iterator[str]:
+    yield f"# {plain(report.recipe)}"
+    if report.description:
+        yield f"\n{plain(report.description)}"
+    yield ""
+    for line in words.headline(report):
+        shout = line.startswith("BROKEN")
+        yield f"- **{plain(line)}**" if shout else f"- {plain(line)}"
+    target = plain(report.hardware.get("name"))
+    yield (
+        f"\nMeasured on {plain(report.host.get('cpu_model'))}, {report.threads} threads; target {target}. "
+        + ("" if target == "local" else "No figure here is one of the target. ")
+        + f"Run {code(report.run)}, {plain(report.created)}, {figures.seconds(report.wall_s)}."
+    )
+    if report.model is not None:
+        random = ": its weights are random, so perplexity means nothing, agreement with the baseline does"
+        yield f"\nModel: {plain(report.model.source)}{random if report.model.random_weights else ''}."
+    if report.cell is not None:
+        overrides = code(json.dumps(report.cell.overrides, ensure_ascii=False))
+        yield f"\nCell {report.cell.index} of {report.cell.of} of the matrix: {overrides}."
+    for note in report.notes:
+        yield f"\n> {plain(note)}"
+
+
+def _gates(report: Report) -> Iterator[str]:
+    if not report.gates:
+        return
+    yield "## Gates\n"
+    yield from table(
+        ("gate", "result", ">deciding value", "why"),
+        (
+            (code(g.gate, in_table=True), _verdict(g.result), figures.gate_value(g.observed), plain(g.reason or ""))
+            for g in report.gates
+        ),
+    )
+
+
+def _speed(report: Report) -> Iterator[str]:
+    points = {(p.kind, p.batch, p.prompt): p for s in report.stages for p in s.speed or ()}
+    if not points:
+        return
+    yield "## Speed"
+    for key in sorted(points, key=lambda k: (words.KINDS.index(k[0]), *k[1:])):
+        rows = [(s, p) for s in report.stages for p in s.speed or () if (p.kind, p.batch, p.prompt) == key]
+        floor = next((f for f in report.noise_floor if (f.kind, f.batch, f.prompt) == key), None)
+        noise = (
+            f"{plain(report.baseline)} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}"
+            if floor
+            else f"{plain(report.baseline)} did not run against itself, so nothing is claimed"
+        )
+        first = words.point_in_words(rows[0][1])
+        rounds, launches = max(p.rounds for _, p in rows), max(p.launches for _, p in rows)
+        yield f"\n### {plain(first[:1].upper() + first[1:])}\n"
+        yield f"{rounds} rounds in {launches} launch{'es' if launches > 1 else ''}; {noise}.\n"
+        lines = []
+        for stage, point in rows:
+            ratio, rate = point.vs_baseline, point.tokens_per_s
+            compared = (
+                (figures.times(ratio.ratio), figures.times_interval(ratio.ratio, ratio), _verdict(ratio.verdict))
+                if ratio
+                else ("–", "–", "baseline" if stage.name == report.baseline else "–")
+            )
+            lines.append(
+                (plain(stage.name), figures.rate(rate.median), figures.rate_interval(rate.median, rate), *compared)
+            )
+        base = plain(report.baseline)
+        yield from table(("stage", ">tokens/s", ">95 %", f">× {base}", ">95 %", "verdict"), lines)
+
+
+def _quality(report: Report) -> Iterator[str]:
+    scored = [s for s in report.stages if s.quality is not None]
+    tokens = max((s.quality.tokens for s in scored if s.quality), default=0)
+    if not scored:
+        return
+    yield f"## Quality on {tokens:,} held-out tokens\n"
+    if words.has_random_weights(report):
+        yield "The weights are random: perplexity means nothing here, agreement with the baseline does.\n"
+    rows = []
+    for stage in scored:
+        quality = stage.quality
+        if quality is None:
+            continue
+        paired = quality.vs_baseline
+        if paired is None:
+            rest = ("–",) * 5 + ("baseline" if stage.name == report.baseline else "–",)
+        else:
+            ratio = paired.perplexity_ratio
+            rest = (
+                figures.finer_times(ratio.ratio),
+                figures.finer_interval(ratio.ratio, ratio),
+                figures.number(paired.kl_divergence, ".2g"),
+                figures.percent(paired.top1_agreement),
+                figures.number(paired.max_abs_logit_error, ".3g"),
+                _verdict(paired.verdict),
+            )
+        rows.append((plain(stage.name), figures.number(quality.perplexity, ".3f"), *rest))
+    header = ("stage", ">perplexity", f">× {plain(report.baseline)}", ">95 %", ">KL", ">same top token")
+    yield from table((*header, ">largest logit error", "verdict"), rows)
+    if report.pareto:
+        yield f"\nNo other stage beats these in both decode speed and quality: {plain(', '.join(report.pareto))}."
+
+
+def _resources(report: Report) -> Iterator[str]:
+    made = [s for s in report.stages if s.artifact is not None]
+    if not made:
+        return
+    yield "## Cost and memory\n"
+    yield "Memory is anonymous plus shared memory of the processes, sampled; estimates were made before anything ran.\n"
+    estimated = any(s.predicted_memory for s in made)
+    header = ["stage", ">size", ">load cold", ">warm", ">memory to run", ">made in", ">memory to make"]
+    header += [">estimated to run", ">estimated to make", "fits the target"] if estimated else []
+    rows = []
+    for s in made:
+        row = [
+            plain(s.name),
+            figures.megabytes(s.artifact.size_bytes if s.artifact else None),
+            figures.seconds(s.load.cold_s if s.load else None),
+            figures.seconds(s.load.warm_s if s.load else None),
+            figures.megabytes(s.inference_peak_memory_bytes),
+            figures.seconds(s.cost.wall_s),
+            figures.megabytes(s.cost.peak_memory_bytes),
+        ]
+        if estimated:
+            predicted = s.predicted_memory
+            row += [
+                figures.megabytes(predicted.inference_bytes if predicted else None),
+                figures.megabytes(predicted.conversion_bytes if predicted else None),
+                {True: "yes", False: "**no**", None: "–"}[predicted.fits if predicted else None],
+            ]
+        rows.append(row)
+    yield from table(header, rows)
+
+
+def _stages(report: Report) -> Iterator[str]:
+    yield "## Stages"
+    for stage in report.stages:
+        yield f"\n### {plain(stage.name)}\n"
+        source = f", from {code(stage.parent)}" if stage.parent else ""
+        exported = ", exported" if stage.name == report.export else ""
+        yield f"{code(stage.pass_)}{source}, {stage.status}{exported}\n"
+        yield plain(words.sentence(stage, report))
+        yield from _details(stage)
+
+
+def _details(stage: StageReport) -> Iterator[str]:
+    if stage.params:
+        told = ", ".join(f"{code(f'{k}: {json.dumps(v, ensure_ascii=False)}')}" for k, v in stage.params.items())
+        yield f"\nParameters: {told}"
+    if stage.effect and stage.effect.operators:
+        order = sorted(stage.effect.operators.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0]))
+        told = ", ".join(f"{code(name)} {before} → {after}" for name, (before, after) in order)
+        yield f"\nOperators: {told}"
+    if stage.log:
+        yield f"\nLog: {code(stage.log)}"
+    quality = stage.quality
+    if quality is not None and quality.sample_text is not None:
+        paired = quality.vs_baseline
+        where = ""
+        if paired is not None:
+            at = paired.first_divergence
+            where = ", the baseline's text" if at is None else f", leaves the baseline's at token {at}"
+        yield f"\nGreedy continuation{where}:\n"
+        yield block((quality.sample_prompt or "") + quality.sample_text)
+
+
+def _where(report: Report) -> Iterator[str]:
+    yield "## Where it ran\n"
+    yield from table(("host, measured here", ""), ((plain(n), plain(v)) for n, v in host_facts(report)))
+    yield ""
+    yield from table(("target, from its profile", ""), ((plain(n), plain(v)) for n, v in target_facts(report.hardware)))
+
+
+def _lock(report: Report) -> Iterator[str]:
+    yield "## What it depended on\n"
+    rows = [(plain(n), code(v, in_table=True)) for n, v in report.lock.packages.items()]
+    rows.append(("seed", str(report.lock.seed)))
+    rows += [(f"digest of {plain(name)}", code(digest, in_table=True)) for name, digest in report.lock.digests.items()]
+    yield from table(("", ""), rows)
+
+
+def _verdict(word: str) -> str:
+    loud = word in {"broken", "failed"}
+    told = word.replace("_", " ")
+    return f"**{told.upper() if word == 'broken' else told}**" if loud else told

@@ -1,0 +1,230 @@
+"""The sentences say what the figures say, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from every_case import HOSTILE, LONG, rich_report
+
+from pipeline.report.schema import Effect, NoiseFloor, Ratio, Report, StageReport
+from pipeline.report.words import effect_in_words, headline, sentence
+
+RICH = rich_report()
+NAMES = [s.name for s in RICH.stages]
+
+
+def numbers_in(text: str, report: Report) -> list[str]:
+    """Numbers as they stand in a text, without those in names and reasons."""
+    told = [s.name for s in report.stages] + [s.reason for s in report.stages if s.reason] + [HOSTILE]
+    told += [report.model.source] if report.model else []
+    for word in sorted(told, key=len, reverse=True):
+        text = text.replace(word, " ")
+    return [n.replace(",", "").replace("−", "-") for n in re.findall(r"[+−]?\d[\d,]*\.?\d*(?:e-?\d+)?", text)]
+
+
+def leaves(value: Any) -> Iterator[float]:
+    if isinstance(value, bool) or value is None:
+        return
+    if isinstance(value, int | float):
+        yield float(value)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from leaves(inner)
+
+
+def tellable(stage: StageReport, report: Report) -> set[float]:
+    """What may be told of a stage: its own figures, the baseline's, the noise floor, each in a unit that people use."""
+    values = set(leaves([s.model_dump() for s in (stage, report.stage(report.baseline))]))
+    values |= {v * scale for v in values for scale in (1e-6, 1e-9, 100.0)}
+    values |= {(p.ratio - 1) * 100 for s in stage.speed or () for p in (s.vs_baseline, s.vs_parent) if p}
+    floors = [max(abs(math.log(f.ratio_low)), abs(math.log(f.ratio_high))) for f in report.noise_floor]
+    values |= {100 * math.expm1(f) for f in floors}
+    points = list(stage.speed or ())
+    values |= {float(n) for n in range(1, len(points) + 1)}  # how many points, and how many of them are faster …
+    return values | {0.0}
+
+
+def is_among(number: str, values: set[float]) -> bool:
+    """Whether some value reads like this when rounded to as many digits."""
+    told = float(number)
+    if "e" in number:
+        return any(v and abs(v - told) <= 0.06 * abs(v) for v in values)
+    digits = len(number.partition(".")[2])
+    significant = float(f"{told:.2g}") == told
+    return any(
+        abs(v - told) <= 0.5000001 * 10**-digits or (significant and f"{v:.2g}" == f"{told:.2g}" and digits > 2)
+        for v in values
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("random", [False, True])
+def test_no_sentence_has_a_number_that_is_not_in_the_report(name: str, random: bool) -> None:
+    report = rich_report(random_weights=random)
+    stage = report.stage(name)
+    strange = [n for n in numbers_in(sentence(stage, report), report) if not is_among(n, tellable(stage, report))]
+    assert strange == []
+
+
+def test_a_number_that_is_not_in_the_report_would_be_seen() -> None:
+    stage = RICH.stage("int4")
+    assert not is_among("6.31", tellable(stage, RICH))
+    assert not is_among("12.5", tellable(stage, RICH))
+    assert len(numbers_in(sentence(stage, RICH), RICH)) > 20
+
+
+def test_no_headline_has_a_number_that_is_not_in_the_report() -> None:
+    values = {v for s in RICH.stages for v in tellable(s, RICH)} | {float(len(RICH.gates))}
+    assert [n for n in numbers_in(" ".join(headline(RICH)), RICH) if not is_among(n, values)] == []
+
+
+def test_a_stage_tells_what_it_changed_and_how_fast_it_is_against_baseline_and_parent(report: Report) -> None:
+    assert sentence(report.stage("export_onnx"), report) == (
+        "Converted the model to onnx (132 nodes); decode is faster than source, 2.53 × (2.50–2.56); "
+        "prefill is slower than source, 0.930 × (0.920–0.940); perplexity 1.0000 × source's (0.9990–1.0010), "
+        "equivalent; takes 12.0 MB."
+    )
+    told = sentence(report.stage("int4"), report)
+    assert told.startswith(
+        "Quantized 15 of 15 weights (132 → 102 nodes); decode is inconclusive against source, 1.020 ×"
+    )
+    assert "and inconclusive against export_onnx, 1.020 × (0.970–1.080)" in told
+    assert "prefill is as fast as source, 1.002 × (0.997–1.006)" in told
+    assert "degraded" in told
+
+
+def idle(shift: float, verdict: str, floor: tuple[float, float] | None, report: Report) -> str:
+    """The sentence of a stage that changed nothing and whose decode is `shift` times its parent's."""
+    parent = report.stage("export_onnx")
+    ratio = Ratio.model_validate({"ratio": shift, "low": shift - 0.01, "high": shift + 0.01, "verdict": verdict})
+    assert parent.speed is not None
+    point = parent.speed[1].model_copy(update={"vs_parent": ratio})
+    stage = report.stage("same").model_copy(
+        update={"speed": (point,), "effect": Effect(kind="none", nodes=(155, 155)), "parent": "export_onnx"}
+    )
+    floors = (
+        ()
+        if floor is None
+        else (NoiseFloor(kind="decode", batch=1, prompt=128, ratio_low=floor[0], ratio_high=floor[1]),)
+    )
+    return sentence(stage, report.model_copy(update={"noise_floor": floors}))
+
+
+def test_what_changed_nothing_is_noise_inside_the_noise_floor(report: Report) -> None:
+    told = idle(1.012, "inconclusive", (0.9842, 1.0133), report)
+    assert told.startswith(
+        "Changed nothing: 0 of 155 nodes; decode's +1.2 % against export_onnx lies inside the noise floor of 1.6 %;"
+    )
+
+
+def test_what_changed_nothing_and_is_faster_all_the_same_is_not_explained_away(report: Report) -> None:
+    told = idle(1.05, "faster", (0.9842, 1.0133), report)
+    assert "+5.0 % against export_onnx (1.040–1.060) lies beyond the noise floor of 1.6 %" in told
+    assert "nothing in the model explains it" in told
+
+
+def test_between_the_floor_and_a_verdict_nothing_is_claimed(report: Report) -> None:
+    assert "decode's −2.0 % against export_onnx (0.970–0.990) is inconclusive" in idle(
+        0.98, "inconclusive", (0.9842, 1.0133), report
+    )
+    assert "means nothing, for the noise floor is not known" in idle(1.012, "inconclusive", None, report)
+
+
+def test_what_failed_says_why_and_nothing_more(report: Report) -> None:
+    assert sentence(report.stage("bad"), report) == "Failed: ZeroDivisionError: [1/0]"
+    assert sentence(report.stage("after"), report) == "Skipped: bad failed"
+
+
+def test_what_is_broken_shouts_first() -> None:
+    told = sentence(RICH.stage("collapsed"), RICH)
+    assert told.startswith("BROKEN: its predictions are garbage, perplexity 5.2763 × source's, however fast it is. ")
+    assert headline(RICH)[0] == "BROKEN: garbage and collapsed; their predictions are garbage, however fast they are."
+    assert sentence(RICH.stage("garbage"), RICH).startswith("BROKEN: its predictions are garbage, they are not finite")
+
+
+def test_a_broken_stage_wins_nothing(report: Report) -> None:
+    lines = " ".join(headline(report)[1:])
+    assert "garbage" not in lines
+    assert "Fastest decode: export_onnx, 2.53 × source (2.50–2.56)" in lines
+
+
+def test_random_weights_are_judged_by_agreement() -> None:
+    report = rich_report(random_weights=True)
+    told = sentence(report.stage("int8"), report)
+    assert "the most likely token is source's in 98.7 % of places (KL 0.00042), equivalent" in told
+    assert "perplexity means nothing" in told
+    assert "perplexity 1.0017" not in told
+    assert "its perplexity means nothing" in sentence(report.stage("source"), report)
+
+
+def test_what_was_not_timed_is_said_not_to_be() -> None:
+    quiet = RICH.model_copy(update={"stages": tuple(s.model_copy(update={"speed": None}) for s in RICH.stages)})
+    assert "its speed was not measured in this run" in sentence(quiet.stage("int4"), quiet)
+    assert "Speed was not measured in this run." in headline(quiet)
+
+
+def test_a_winner_whose_interval_overlaps_another_is_told_with_it(report: Report) -> None:
+    first = report.stage("export_onnx")
+    assert first.speed is not None
+    near = Ratio(ratio=2.5, low=2.4, high=2.6, verdict="faster")
+    twin = first.model_copy(
+        update={"name": "twin", "speed": (first.speed[1].model_copy(update={"vs_baseline": near, "vs_parent": None}),)}
+    )
+    lines = headline(report.model_copy(update={"stages": (*report.stages, twin)}))
+    assert any("export_onnx, 2.53 × source" in li and "twin cannot be told from it" in li for li in lines)
+
+
+def test_a_winner_that_beat_its_parent_directly_is_the_only_one(report: Report) -> None:
+    first = report.stage("export_onnx")
+    assert first.speed is not None
+    better = Ratio(ratio=2.54, low=2.5, high=2.6, verdict="faster")
+    child = first.model_copy(
+        update={
+            "name": "child",
+            "parent": "export_onnx",
+            "speed": (first.speed[1].model_copy(update={"vs_baseline": better, "vs_parent": better}),),
+        }
+    )
+    lines = headline(report.model_copy(update={"stages": (*report.stages, child)}))
+    assert any(line.startswith("Fastest decode: child, 2.54 ×") and "cannot be told" not in line for line in lines)
+
+
+def test_where_nothing_is_faster_no_winner_is_named(report: Report) -> None:
+    lines = headline(
+        report.model_copy(update={"stages": tuple(s for s in report.stages if s.name in {"source", "int4"})})
+    )
+    assert "No faster decode: int4 is inconclusive against source." in lines
+    assert "No faster prefill: int4 is as fast as source." in lines
+    assert not any(line.startswith("Fastest") for line in lines)
+
+
+def test_gates_and_failures_end_the_headline(report: Report) -> None:
+    assert headline(report)[-1] == "Failed: bad. Skipped: after. Gates: 1 of 2 failed, 1 of 2 not evaluated."
+
+
+@pytest.mark.parametrize(
+    ("effect", "expected"),
+    [
+        (None, "–"),
+        ({"kind": "none", "nodes": [3, 3]}, "changed nothing"),
+        ({"kind": "conversion", "nodes": [None, 132]}, "conversion, 132 nodes"),
+        (
+            {"kind": "weights", "weights_quantized": [1, 2], "nodes": [4, 3]},
+            "weights, 1 of 2 weights quantized, 4 → 3 nodes",
+        ),
+    ],
+)
+def test_an_effect_in_a_table_is_short(effect: dict | None, expected: str) -> None:
+    stage = RICH.stage("int4").model_copy(update={"effect": Effect.model_validate(effect) if effect else None})
+    assert effect_in_words(stage) == expected
+
+
+def test_names_however_long_are_told_whole() -> None:
+    assert LONG in " ".join(headline(RICH.model_copy(update={"stages": (RICH.stage("source"), RICH.stage(LONG))})))
