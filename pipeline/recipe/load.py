@@ -87,6 +87,7 @@ def _recipes(text: str, *, label: str, folder: Path, file: Path | None, override
     whole = splice(with_base(written, library, file), library)
     cells = cells_of(whole)
     base = whole.without({MATRIX})
+    registry = Registry()
 
     def composed(cell: Overrides | None) -> Node:
         tree = base if cell is None else splice(cell.apply(base), library)
@@ -99,7 +100,7 @@ def _recipes(text: str, *, label: str, folder: Path, file: Path | None, override
         recipe._folder, recipe._folders, recipe._text = folder.resolve(), library.folders, text
         recipe._cell = cell
         if cell is not None:  # a plan checks the parameters of its own cell; this tells of those in the others
-            check_parameters(recipe, Registry())
+            check_parameters(recipe, registry)
         return recipe
 
     if not cells:

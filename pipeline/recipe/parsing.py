@@ -71,7 +71,8 @@ def _check_depth(text: str, file: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > DEEPEST:
-            where = Location(file, event.start_mark.line + 1, event.start_mark.column + 1)
+            mark: Any = event.start_mark
+            where = Location(file, mark.line + 1, mark.column + 1)
             raise RecipeError(f"mappings and lists are nested more than {DEEPEST} deep", location=where)
 
 
