@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pipeline.hardware import HardwareProfile, load_profile
 from pipeline.hardware.profile import profile_names
 from pipeline.passes_catalogue import Parameter, PassDescription, describe_fields, describe_pass
-from pipeline.plugin import PASSES, Pass, Registry
+from pipeline.plugin import PASSES, Pass, PassParams, Registry, Requires
 from pipeline.recipe.json_schema import group_json_schema, recipe_json_schema
 from pipeline.recipe.library import shipped_groups, shipped_recipes
 from pipeline.recipe.parsing import parse, to_yaml
@@ -181,8 +181,9 @@ def section(d: PassDescription, found: type[Pass]) -> str:
         enters.append(f"the versions of {', '.join(d.libraries)}")
     if d.depends_on:
         enters.append(f"{', '.join(map(code, d.depends_on))} of the context")
-    if callable(getattr(found.Params, "facets", None)):
-        enters.append("what some of its parameters take from the context: seed, calibration text, profile or host")
+    for choice, params in choices(found):
+        if more := [name for name in found.facets(params) if name not in d.depends_on]:
+            enters.append(f"with {choice} {', '.join(map(code, more))}")
     facts.append(f"Into its key enter {'; '.join(enters)}.")
     if not d.deterministic:
         facts.append("Two runs of it differ; the first stored result stands.")
@@ -193,8 +194,17 @@ def section(d: PassDescription, found: type[Pass]) -> str:
 
 
 def requirements(found: type[Pass]) -> str:
-    """What the host must have, in words."""
-    needs = found.requires
+    """What the host must have, in words; parameters may ask for more."""
+    always = needs_in_words(found.requires)
+    special = [
+        f"with {choice} {words}"
+        for choice, params in choices(found)
+        if (words := needs_in_words(found.requirements(params))) not in {"", always}
+    ]
+    return "; ".join(filter(None, [always, *special]))
+
+
+def needs_in_words(needs: Requires) -> str:
     words = []
     if needs.device != "any":
         words.append({"cpu": "a CPU", "cuda": "a CUDA GPU"}[needs.device])
@@ -204,9 +214,19 @@ def requirements(found: type[Pass]) -> str:
         words.append(f"the instruction sets {', '.join(needs.instruction_sets)}")
     if needs.programs:
         words.append("the program " + " and ".join(p.replace("|", " or ") for p in needs.programs))
-    if callable(getattr(found.Params, "requires", None)):
-        words.append("what some of its parameters ask for: see their descriptions")
-    return ", ".join(words)
+    return " and ".join(words)
+
+
+def choices(found: type[Pass]) -> Iterable[tuple[str, PassParams]]:
+    """The parameters with one of them at each of the values that it lists, the others at their defaults."""
+    for name, field in found.Params.model_json_schema().get("properties", {}).items():
+        for value in field.get("enum", [True] if field.get("type") == "boolean" else []):
+            if value == field.get("default"):
+                continue
+            try:
+                yield code(f"{name}: {value}"), found.Params.model_validate_json(json.dumps({name: value}))
+            except ValueError:  # it needs company; such a pass says so in its descriptions
+                continue
 
 
 SHOWN = 3
