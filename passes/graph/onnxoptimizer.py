@@ -13,6 +13,7 @@ from passes.graph.weights_aside import execution_of_graph, keep_used_opsets, lay
 from pipeline import Artifact, Field, Pass, PassContext, PassParams, PipelineError, load_onnx, save_onnx
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 VALUE_BYTES = 64 * 1024
@@ -38,6 +39,12 @@ NEEDS_VALUES = {
     "adjust_slice_and_matmul": "a weight above 64 KB does not count as constant",
 }
 """Rules that would have to see weights, and what they leave undone."""
+
+CLEAN_UP = "eliminate_deadend"
+"""Runs last: rules leave the nodes that they replaced."""
+
+ROUNDS = 20
+"""How often a list of rules is run at most until it changes nothing."""
 
 # fmt: off
 RULES_OF = {"0.4.2": (
@@ -70,7 +77,8 @@ class OnnxOptimizer(Pass):
         passes: list[str] | None = Field(
             None,
             description="names of onnxoptimizer's rules, run in this order; by default the library's own set of all "
-            "its fusions and eliminations. Weights above 64 KB stay outside: eliminate_duplicate_initializer and "
+            "its fusions and eliminations. eliminate_deadend follows in any case, as rules leave behind what they "
+            "replaced. Weights above 64 KB stay outside: eliminate_duplicate_initializer and "
             "fuse_qkv do nothing to them",
         )
         fixed_point: bool = Field(False, description="run the rules again until they change nothing")
@@ -105,16 +113,34 @@ class OnnxOptimizer(Pass):
             if rule in NEEDS_VALUES and original.aside:
                 context.logger.info("%s: %s", rule, NEEDS_VALUES[rule])
         context.progress(0.2, f"{len(rules)} rules")
-        try:
-            proto = onnxoptimizer.optimize(ir.to_proto(model), list(rules), params.fixed_point)
-        except RuntimeError as error:  # what the library raises for graphs that it cannot hold
-            raise PipelineError(f"onnxoptimizer cannot take this graph: {_first_line(error)}") from error
-        made = ir.from_proto(proto)
+        made = ir.from_proto(
+            _applied(ir.to_proto(model), [*rules, CLEAN_UP], rounds=ROUNDS if params.fixed_point else 1)
+        )
         put_back(made, original, context, tool="onnxoptimizer")
         keep_used_opsets(made)
         after = Counter(node.op_type for node in made.graph.all_nodes())
         context.logger.info("%d nodes became %d", before.total(), after.total())
         return save_onnx(made, context.output, like=artifact, execution=execution_of_graph(artifact))
+
+
+def _applied(proto: onnx.ModelProto, rules: list[str], *, rounds: int) -> onnx.ModelProto:
+    """The graph after the rules, run again up to `rounds` times in all, as long as they change something.
+
+    The library's own fixed point repeats single rules, not the list: what a later rule opens to an earlier one stays.
+
+    Raises: PipelineError where the library refuses the graph.
+    """
+    import onnxoptimizer
+
+    for _ in range(rounds):
+        try:
+            done = onnxoptimizer.optimize(proto, rules, rounds > 1)
+        except RuntimeError as error:  # what the library raises for graphs that it cannot hold
+            raise PipelineError(f"onnxoptimizer cannot take this graph: {_first_line(error)}") from error
+        if done.graph.node == proto.graph.node:
+            return done
+        proto = done
+    return proto
 
 
 def check_rules(rules: list[str], known: tuple[str, ...] | list[str]) -> None:

@@ -30,6 +30,10 @@ SIZES: dict[str, Any] = {
 """A small decoder with two query heads for each key-value head, in the names that most configurations share."""
 
 
+FACETS = {"seed": 0, "calibration_text": " ".join(f"w{i * i % 277}" for i in range(1500))}
+"""What the passes of these tests are told that declare it. The text is of the words that `give_words` gives a model."""
+
+
 class Bench:
     """A store, and passes run against it without the engine."""
 
@@ -67,7 +71,9 @@ class Bench:
     def run(self, cls: type[Pass], artifact: Artifact, **params: Any) -> Artifact:
         """Run a pass and publish what it made."""
         staging = self.new_folder(cls.name)
-        made = cls().run(artifact, cls.Params(**params), PassContext(output=OutputWriter(staging)))
+        values = cls.Params(**params)
+        facets = {name: FACETS[name] for name in cls.facets(values)}
+        made = cls().run(artifact, values, PassContext(output=OutputWriter(staging), facets=facets))
         self.written[made.digest] = [path.name for path in (staging / "blobs").iterdir()]
         return self.store.publish(staging, made.manifest)
 
@@ -80,6 +86,44 @@ class Bench:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         return onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def give_words(folder: Path) -> None:
+    """Put a tokenizer of the words w0 … w299 beside a model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SIZES["vocab_size"])}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def exported(bench: Bench, config: Any, dtype: str = "float32") -> Artifact:
+    """A random model of that configuration with a tokenizer, as an ONNX graph."""
+    from passes.export.export_onnx import ExportOnnx
+
+    folder = bench.checkpoint(config, dtype)
+    give_words(folder)
+    return bench.run(ExportOnnx, bench.source(folder), verify=False)
+
+
+@pytest.fixture(scope="session")
+def reading_llama(bench: Bench) -> Artifact:
+    """A Llama in bfloat16 with a head and a tokenizer of its own, two query heads for each key-value head, as ONNX."""
+    from transformers import LlamaConfig
+
+    return exported(bench, LlamaConfig(**SIZES), "bfloat16")
+
+
+@pytest.fixture(scope="session", params=["llama_mha", "llama_tied", "qwen2"])
+def family(bench: Bench, request: pytest.FixtureRequest) -> Artifact:
+    """Families that differ in what lies around their products: many heads, a shared table, biases. As ONNX."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    if request.param == "llama_mha":
+        return exported(bench, LlamaConfig(**SIZES | {"num_key_value_heads": 4}))
+    if request.param == "llama_tied":
+        return exported(bench, LlamaConfig(**SIZES, tie_word_embeddings=True))
+    return exported(bench, Qwen2Config(**SIZES, tie_word_embeddings=True), "bfloat16")
 
 
 @pytest.fixture(scope="session")
@@ -149,3 +193,23 @@ class Decoder:
 @pytest.fixture(scope="session")
 def decoder(bench: Bench) -> Callable[[Artifact], Decoder]:
     return lambda artifact: Decoder(bench.session(artifact), artifact)
+
+
+@pytest.fixture
+def graph_artifact(bench: Bench) -> Callable[..., Artifact]:
+    """An ONNX artifact of a graph in ONNX's text form, with these arrays as its initializers."""
+
+    def publish(text: str, **initializers: np.ndarray) -> Artifact:
+        import onnx
+        import onnx_ir
+
+        from pipeline import Interface, Manifest, save_onnx
+
+        model = onnx.parser.parse_model(text)
+        model.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in initializers.items())
+        staging = bench.new_folder("graph")
+        like = Artifact(Manifest(format="onnx", components={}, interface=Interface(task="forward")), bench.store.blobs)
+        made = save_onnx(onnx_ir.from_proto(model), OutputWriter(staging), like=like)
+        return bench.store.publish(staging, made.manifest)
+
+    return publish
