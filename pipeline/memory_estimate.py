@@ -18,7 +18,7 @@ from pipeline.report.schema import PredictedMemory
 
 MB = 10**6
 
-RUNTIME_BYTES = {"torch": 288 * MB, "onnx": 118 * MB}
+RUNTIME_BYTES = {"torch": 288 * MB, "onnx": 98 * MB}
 """A worker's process with its libraries before the model's own memory: Python, torch and transformers; or Python, ONNX
 Runtime and a session. By the artifact's format."""
 
@@ -29,9 +29,10 @@ UNKNOWN_CONVERSION_FACTOR = 2.0
 UNKNOWN_CONVERSION_LIBRARIES_BYTES = 400 * MB
 """A pass that does not say what it takes is assumed to hold its parent's weights so many times, and its libraries."""
 
-ONNX_WIDENED = 1.1
-"""ONNX Runtime on CPUs widens float16 and bfloat16 weights of products to float32 when it loads them; so many times
-their bytes in float32 are found in memory afterwards."""
+ONNX_PACKED = 1.1
+ONNX_WIDENED = 1.5
+"""ONNX Runtime on CPUs packs float weights of products when it loads them, and widens float16 and bfloat16 to float32
+first. So many times their bytes in float32 are found in memory afterwards: packed ones, and what packing left."""
 
 PLAIN_DTYPES = dict(DTYPES.values())
 """Data type -> bytes of an element."""
@@ -318,30 +319,39 @@ class Held(NamedTuple):
 def held_weights(model: ModelSize, *, device: str = "cpu") -> Held:
     """Where the weights are once the model is loaded.
 
-    torch: mapped where the data type stays, else converted copies. ONNX Runtime: copies, those of products in the
-    layout and the data type that its kernels take; weights that were packed beforehand stay mapped. On a GPU all are
-    in the device's memory.
+    torch: mapped where the data type stays, else converted copies. ONNX Runtime: mapped, but for copies of those of
+    products as its kernels take them, unless they were packed beforehand. On a GPU all are in the device's memory.
     """
+    if device == "cuda":
+        return Held(_on_device(model), 0)
     memory = mapped = 0
-    for kind in model.stored_kinds:
+    for kind in KINDS:
         weights = model.weights(kind)
+        stored = weights.size_bytes if kind in model.stored_kinds else 0
         if model.format == "torch":
             if weights.dtype == model.dtype or weights.dtype not in PLAIN_DTYPES:
-                mapped += weights.size_bytes
-            else:
+                mapped += stored
+            elif stored:
                 memory += weights.parameters * PLAIN_DTYPES.get(model.dtype, 4)
-        elif model.prepacked:
-            mapped += weights.size_bytes
+        elif model.prepacked or kind in ("embedding", "other"):
+            mapped += stored
+        elif weights.dtype in HALF:
+            memory += round(weights.parameters * 4 * ONNX_WIDENED)
+        elif weights.dtype in PLAIN_DTYPES:
+            memory += round(weights.size_bytes * ONNX_PACKED)
         else:
             memory += weights.size_bytes
-    if model.format == "onnx" and not model.prepacked and device == "cpu":
-        for kind in ("linear", "head"):
-            weights = model.weights(kind)
-            if weights.dtype in HALF:
-                memory += round(weights.parameters * 4 * ONNX_WIDENED)
-            elif kind == "head" and model.tied:  # one copy to look rows up in, one as its product takes it
-                memory += weights.size_bytes
-    return Held(memory + mapped, 0) if device == "cuda" else Held(memory, mapped)
+    return Held(memory, mapped)
+
+
+def _on_device(model: ModelSize) -> int:
+    """Bytes of the weights in a GPU's memory: converted for torch, as they are stored for ONNX Runtime."""
+    size = 0
+    for kind in model.stored_kinds:
+        weights = model.weights(kind)
+        converted = model.format == "torch" and weights.dtype in PLAIN_DTYPES
+        size += weights.parameters * PLAIN_DTYPES.get(model.dtype, 4) if converted else weights.size_bytes
+    return size
 
 
 def predict_memory(
