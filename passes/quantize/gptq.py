@@ -4,10 +4,10 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 inputs of a layer [tokens, K] and H = xᵀx, the error of a column is spread over the later ones along a row of the upper
 Cholesky factor of H⁻¹.
 
-ONNX Runtime's own function gives rounded weights without the scales it rounded them with, and finds new ones
-afterwards from what came out; where a block does not use its whole range these are others, and its weights are rounded
-twice. It also takes a block's scales before the errors of the columns at hand are in, and with `act_order` tears blocks
-apart. Here codes, scales and zero points belong together.
+ONNX Runtime's own function is not used. As of 1.31 it takes the factor's columns for its rows, which are zero where the
+errors should go, and so rounds to nearest; it takes a block's scales before the errors of the columns at hand are in,
+finds others afterwards from what came out, and with an order of columns tears blocks apart. Here codes, scales and zero
+points belong together.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def inverse_factor(hessian: np.ndarray, *, damping: float, order: np.ndarray | N
     diagonal = np.diag(hessian).copy()
     dead = diagonal == 0
     mean = float(diagonal.mean()) or 1.0
-    for _ in range(3):
+    for _ in range(5):
         damped = np.array(hessian, np.float32, order="F")
         damped[np.diag_indices_from(damped)] += np.float32(damping * mean) + dead * np.float32(mean)
         if order is not None:
