@@ -20,9 +20,13 @@ class Bounds(NamedTuple):
     high: float
 
 
+Read = Callable[[StageReport, dict[str, str], StageReport | None], list[Bounds]]
+"""From a stage, a selector of workload points, and the baseline, where it is in the report."""
+
+
 class Metric(NamedTuple):
     description: str
-    read: Callable[[StageReport, dict[str, str]], list[Bounds]]
+    read: Read
     by_point: bool = False
     """Whether it has a value for every workload point, which a selector may narrow."""
 
@@ -36,31 +40,70 @@ def _points(stage: StageReport, kind: str, selector: dict[str, str]) -> Iterable
             yield point
 
 
-def _speedup(kind: str) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
-    def read(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
-        ratios = [p.vs_baseline for p in _points(stage, kind, selector)]
+def _speedup(kind: str, over: Literal["vs_baseline", "vs_parent"] = "vs_baseline") -> Read:
+    def read(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+        ratios = [getattr(p, over) for p in _points(stage, kind, selector)]
         return [Bounds(r.low, r.high) for r in ratios if r is not None]
 
     return read
 
 
-def _rate(kind: str, field: str) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
-    def read(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+def _rate(kind: str, field: str) -> Read:
+    def read(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
         figures = [getattr(p, field) for p in _points(stage, kind, selector)]
         return [Bounds(f.low, f.high) for f in figures]
 
     return read
 
 
-def _one(read: Callable[[StageReport], float | None]) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
-    def bounds(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+def _one(read: Callable[[StageReport], float | None]) -> Read:
+    def bounds(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
         value = read(stage)
         return [] if value is None else [Bounds(value, value)]
 
     return bounds
 
 
-def _perplexity_ratio(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+def _over_baseline(read: Callable[[StageReport], float | None]) -> Read:
+    """A figure without an interval, over the baseline's."""
+
+    def bounds(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+        mine, theirs = read(stage), read(baseline) if baseline is not None else None
+        return [] if mine is None or not theirs else [Bounds(mine / theirs, mine / theirs)]
+
+    return bounds
+
+
+def _size(stage: StageReport) -> int | None:
+    return stage.artifact.size_bytes if stage.artifact else None
+
+
+def _weights(stage: StageReport) -> int | None:
+    return stage.artifact.weights_bytes if stage.artifact else None
+
+
+def _load(stage: StageReport) -> float | None:
+    return stage.load.warm_s if stage.load else None
+
+
+def _cold_load(stage: StageReport) -> float | None:
+    return stage.load.cold_s if stage.load else None
+
+
+def _memory(stage: StageReport) -> int | None:
+    return stage.inference_peak_memory_bytes
+
+
+def _nodes(stage: StageReport) -> int | None:
+    return stage.effect.nodes[1] if stage.effect and stage.effect.nodes else None
+
+
+def _quantized(stage: StageReport) -> float | None:
+    done, of = (stage.effect.weights_quantized if stage.effect else None) or (0, 0)
+    return done / of if of else None
+
+
+def _perplexity_ratio(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
     paired = stage.quality.vs_baseline if stage.quality else None
     if paired is None:
         return []
@@ -70,16 +113,14 @@ def _perplexity_ratio(stage: StageReport, selector: dict[str, str]) -> list[Boun
     return [Bounds(ratio.low, ratio.high)]
 
 
-def _paired(field: str) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
+def _paired(field: str) -> Read:
     return _scored(lambda quality: getattr(quality.vs_baseline, field), needs_pair=True)
 
 
-def _scored(
-    read: Callable[[QualityFacts], float | None], *, needs_pair: bool = False
-) -> Callable[[StageReport, dict[str, str]], list[Bounds]]:
+def _scored(read: Callable[[QualityFacts], float | None], *, needs_pair: bool = False) -> Read:
     """A figure of a scored stage. Null there means not finite, which no bound may let pass."""
 
-    def bounds(stage: StageReport, selector: dict[str, str]) -> list[Bounds]:
+    def bounds(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
         if stage.quality is None or (needs_pair and stage.quality.vs_baseline is None):
             return []
         value = read(stage.quality)
@@ -91,6 +132,16 @@ def _scored(
 METRICS: dict[str, Metric] = {
     "decode_speedup": Metric("tokens/s of decode over the baseline's", _speedup("decode"), by_point=True),
     "prefill_speedup": Metric("tokens/s of prefill over the baseline's", _speedup("prefill"), by_point=True),
+    "decode_speedup_over_parent": Metric(
+        "tokens/s of decode over those of the stage that it was made from",
+        _speedup("decode", "vs_parent"),
+        by_point=True,
+    ),
+    "prefill_speedup_over_parent": Metric(
+        "tokens/s of prefill over those of the stage that it was made from",
+        _speedup("prefill", "vs_parent"),
+        by_point=True,
+    ),
     "decode_tokens_per_s": Metric("decoded tokens a second", _rate("decode", "tokens_per_s"), by_point=True),
     "prefill_tokens_per_s": Metric("prompt tokens a second", _rate("prefill", "tokens_per_s"), by_point=True),
     "decode_latency_s": Metric("seconds for one token", _rate("decode", "latency_s"), by_point=True),
@@ -100,9 +151,16 @@ METRICS: dict[str, Metric] = {
     "kl_divergence": Metric("KL(baseline || stage), nats per token", _paired("kl_divergence")),
     "top1_agreement": Metric("share of tokens with the same most likely next token", _paired("top1_agreement")),
     "max_abs_logit_error": Metric("largest difference of any logit", _paired("max_abs_logit_error")),
-    "size_bytes": Metric("bytes of the artifact", _one(lambda s: s.artifact.size_bytes if s.artifact else None)),
-    "load_s": Metric("seconds to load, files in the page cache", _one(lambda s: s.load.warm_s if s.load else None)),
-    "peak_memory_bytes": Metric("of inference, anonymous + shared", _one(lambda s: s.inference_peak_memory_bytes)),
+    "size_bytes": Metric("bytes of the artifact", _one(_size)),
+    "size_ratio": Metric("bytes of the artifact over the baseline's", _over_baseline(_size)),
+    "weights_bytes": Metric("bytes of its weights", _one(_weights)),
+    "load_s": Metric("seconds to load, files in the page cache", _one(_load)),
+    "load_ratio": Metric("load_s over the baseline's", _over_baseline(_load)),
+    "cold_load_s": Metric("seconds to load, files not in the page cache", _one(_cold_load)),
+    "peak_memory_bytes": Metric("of inference, anonymous + shared", _one(_memory)),
+    "peak_memory_ratio": Metric("peak_memory_bytes over the baseline's", _over_baseline(_memory)),
+    "nodes": Metric("nodes of the graph", _one(_nodes)),
+    "weights_quantized": Metric("share of the parent's weights that the stage quantized", _one(_quantized)),
     "conversion_memory_bytes": Metric("of the pass, anonymous + shared", _one(lambda s: s.cost.peak_memory_bytes)),
     "conversion_s": Metric("seconds that the pass took when it ran", _one(lambda s: s.cost.wall_s)),
 }
@@ -126,7 +184,8 @@ def evaluate_gate(gate: Condition, report: Report) -> GateResult:
         stage = report.stage(gate.stage)
     except KeyError:
         return GateResult(gate=gate.text, result="not_evaluated", reason=f"the stage {gate.stage} was not in this run")
-    bounds = METRICS[gate.metric].read(stage, gate.selector)
+    baseline = next((s for s in report.stages if s.name == report.baseline), None)
+    bounds = METRICS[gate.metric].read(stage, gate.selector, baseline)
     if not bounds:
         reason = stage.reason or f"{gate.metric} was not measured"
         return GateResult(gate=gate.text, result="not_evaluated", reason=reason)

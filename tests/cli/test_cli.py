@@ -152,7 +152,8 @@ def test_the_recipe_of_a_run_can_be_run_again(cli: Cli, recipe: Path) -> None:
 def test_a_failed_stage_ends_with_3_and_the_others_go_on(cli: Cli, recipe: Path) -> None:
     code, out, _ = cli("run", recipe, "--no-measure", "--set", "passes.mark={pass: crash}")
     assert code == 3
-    assert "ZeroDivisionError: one over nothing (log: logs/crash.log)" in out
+    assert "ZeroDivisionError: one over nothing" in out
+    assert "(log: logs/crash.log)" in out
     report = json.loads(Path("runs/r/latest/report.json").read_text())
     assert {s["name"]: s["status"] for s in report["stages"]} == {"source": "ran", "crash": "failed", "write": "ran"}
     assert "ZeroDivisionError" in Path("runs/r/latest/logs/crash.log").read_text()
@@ -304,7 +305,7 @@ def test_an_artifact_that_cannot_be_read_fails_its_stage_and_no_other(cli: Cli, 
     code, out, _ = cli("run", recipe, "--no-measure", "--set", "passes.mark={pass: bad_onnx}", "--json")
     assert code == 3
     stages = {s["name"]: s for s in json.loads(out)["stages"]}
-    assert stages["bad_onnx"]["status"] == "unmeasured"
+    assert stages["bad_onnx"]["status"] == "failed"
     assert "its artifact cannot be read" in stages["bad_onnx"]["reason"]
     assert stages["write"]["effect"]["kind"] == "graph" or stages["write"]["status"] == "ran"
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from every_case import rich_report
 from pydantic import ValidationError
 
 from pipeline.recipe.schema import parse_gate
 from pipeline.report.build import pareto
 from pipeline.report.figures import megabytes
 from pipeline.report.gates import METRICS, Condition, evaluate_gate
-from pipeline.report.schema import GateResult, Report, report_json_schema
+from pipeline.report.schema import GateResult, ModelFacts, Report, report_json_schema
 from pipeline.report.terminal import render_text
 
 GOLDEN = Path(__file__).parent / "golden.txt"
@@ -98,16 +99,51 @@ def test_a_gate_over_a_stage_that_failed_is_not_evaluated_and_says_why(report: R
 
 @pytest.mark.parametrize("name", sorted(METRICS))
 def test_every_metric_reads_the_measured_baseline_or_says_nothing(name: str, report: Report) -> None:
-    bounds = METRICS[name].read(report.stage("source"), {})
+    bounds = METRICS[name].read(report.stage("source"), {}, report.stage("source"))
     assert all(math.isfinite(b.low) and b.low <= b.high for b in bounds)
     assert bounds or name in {
         "decode_speedup",
         "prefill_speedup",
+        "decode_speedup_over_parent",
+        "prefill_speedup_over_parent",
+        "nodes",
+        "weights_quantized",
         "perplexity_ratio",
         "kl_divergence",
         "top1_agreement",
         "max_abs_logit_error",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "observed"),
+    [
+        ("int4.decode_speedup_over_parent >= 0.9", 0.97),
+        ("int4.size_ratio <= 1", 1.0),
+        ("int4.weights_quantized == 1", 1.0),
+        ("int4.nodes <= 110", 102),
+        ("source.cold_load_s <= 0.5", 0.5),
+        ("source.load_ratio <= 1", 1.0),
+        ("source.weights_bytes <= 11e6", 11_000_000),
+        ("source.peak_memory_ratio == 1", 1.0),
+    ],
+)
+def test_a_gate_reads_its_figure(text: str, observed: float, report: Report) -> None:
+    assert gate(text, report) == GateResult(gate=text, result="passed", observed=observed)
+
+
+def test_a_ratio_to_a_baseline_that_was_not_measured_is_not_evaluated(report: Report) -> None:
+    alone = report.model_copy(update={"stages": tuple(s for s in report.stages if s.name != "source")})
+    assert gate("int4.size_ratio <= 1", alone).result == "not_evaluated"
+
+
+def test_the_front_of_random_weights_is_one_of_agreement(report: Report) -> None:
+    random = report.model_copy(update={"model": ModelFacts(source="architecture: llama", random_weights=True)})
+    assert pareto(random) == ("source", "export_onnx")
+
+
+def test_a_broken_stage_is_never_on_the_front() -> None:
+    assert pareto(rich_report()) == rich_report().pareto
 
 
 def test_the_pareto_front_leaves_out_what_another_stage_beats(report: Report) -> None:
