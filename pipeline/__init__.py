@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.onnx_model import load_onnx, new_tensor, referenced_tensor, reshaped_tensor, save_onnx
     from pipeline.plugin import Pass, PassContext, PassParams, Requires
     from pipeline.recipe import load_recipe
-    from pipeline.runtime import load_model
+    from pipeline.runtime import ExecutionSpec, load_model, load_runner
     from pipeline.runtime.torch import checkpoint_folder
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _HOMES = {
     "pipeline.onnx_model": ["load_onnx", "new_tensor", "referenced_tensor", "reshaped_tensor", "save_onnx"],
     "pipeline.plugin": ["Pass", "PassContext", "PassParams", "Requires"],
     "pipeline.recipe": ["load_recipe"],
-    "pipeline.runtime": ["load_model"],
+    "pipeline.runtime": ["ExecutionSpec", "load_model", "load_runner"],
     "pipeline.runtime.torch": ["checkpoint_folder"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -40,6 +40,7 @@ __all__ = [
     "Artifact",
     "CacheLayout",
     "Component",
+    "ExecutionSpec",
     "Field",
     "FileEntry",
     "HostError",
@@ -59,6 +60,7 @@ __all__ = [
     "load_model",
     "load_onnx",
     "load_recipe",
+    "load_runner",
     "new_tensor",
     "referenced_tensor",
     "reshaped_tensor",

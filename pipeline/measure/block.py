@@ -46,17 +46,28 @@ def run_block(
 
     `tokens` are [B, prompt + new_tokens]. An iteration of prefill is one whole prompt, after one that is not timed, as
     another stage used the caches meanwhile. An iteration of decode is one token; after each prompt, which is not
-    timed, exactly `steps` tokens follow, so that every stage decodes at the same positions.
+    timed, exactly `steps` tokens follow, so that every stage decodes at the same positions. A block in which the
+    runner compiled something counts for nothing and is done again.
     """
+    while True:
+        before = _compilations(runner)
+        with _no_garbage_collection():
+            seconds = _block(runner, point, tokens, min_s=min_s, steps=steps, clock=clock)
+        if _compilations(runner) == before:
+            return seconds
+
+
+def _block(
+    runner: CausalLMRunner, point: Point, tokens: np.ndarray, *, min_s: float, steps: int, clock: Clock
+) -> list[float]:
     seconds: list[float] = []
     total = 0.0
-    with _no_garbage_collection():
-        for took in _iterations(runner, point, tokens, steps, clock):
-            seconds.append(took)
-            total += took
-            complete = point.kind == "prefill" or len(seconds) % steps == 0
-            if complete and total >= min_s:
-                return seconds
+    for took in _iterations(runner, point, tokens, steps, clock):
+        seconds.append(took)
+        total += took
+        complete = point.kind == "prefill" or len(seconds) % steps == 0
+        if complete and total >= min_s:
+            return seconds
     raise AssertionError("iterations do not end")
 
 
@@ -69,11 +80,19 @@ def warm_up(
     steps: int,
     clock: Clock = time.perf_counter_ns,
 ) -> WarmUp:
-    """Run iterations until their times are flat, or `cap_s` has passed and there were at least two."""
+    """Run iterations until their times are flat, or `cap_s` has passed and there were at least two.
+
+    It begins anew after an iteration in which the runner compiled something.
+    """
     begin = clock()
     seconds: list[float] = []
     total = 0.0
+    compiled = _compilations(runner)
     for took in _iterations(runner, point, tokens, steps, clock):
+        if _compilations(runner) != compiled:
+            compiled = _compilations(runner)
+            begin, seconds, total = clock(), [], 0.0
+            continue
         seconds.append(took)
         total += took
         if total >= min(LEAST_WARM_UP_S, cap_s) and is_flat(seconds):
@@ -90,6 +109,11 @@ def is_flat(seconds: Sequence[float]) -> bool:
     third = len(seconds) // 3
     last, before = statistics.median(seconds[-third:]), statistics.median(seconds[-2 * third : -third])
     return abs(last - before) <= FLAT * before
+
+
+def _compilations(runner: CausalLMRunner) -> int:
+    """How much the runner has compiled so far, where it is one that does so while it runs."""
+    return int(getattr(runner, "compilations", 0))
 
 
 def _iterations(runner: CausalLMRunner, point: Point, tokens: np.ndarray, steps: int, clock: Clock) -> Iterator[float]:

@@ -4,11 +4,17 @@ Requests come as JSON lines on standard input; each gets one JSON line, `{"ok": 
 copy of standard output. Whatever libraries print goes to standard error, which the parent makes a log file. Between
 requests the process blocks in a read.
 
-    prepare   manifest, blobs, spec                  -> nothing; the libraries are imported
-    load   manifest, blobs, spec                     -> load_s, vocab_size, max_length, environment
-    warm_up   point, vocab_size, seed, steps, cap_s  -> seconds, flat
-    block  point, vocab_size, seed, steps, min_s     -> seconds
-    score  work (see pipeline.measure.scoring)       -> what score_windows returns
+    prepare          manifest, blobs, spec                  -> nothing; the libraries are imported
+    forget_compiled  manifest, blobs, spec                  -> forgotten: what earlier processes compiled is gone
+    load             manifest, blobs, spec                  -> load_s, vocab_size, max_length, environment
+    compile          shapes [[batch, prompt], …]            -> compile_s; 0 for runners that do not compile
+    warm_up          point, vocab_size, seed, steps, cap_s  -> seconds, flat
+    block            point, vocab_size, seed, steps, min_s  -> seconds
+    score            work (see pipeline.measure.scoring)    -> what score_windows returns
+
+`forget_compiled` and `compile` are answered by the runner's `forget_compiled(artifact, spec)` and
+`compile_shapes(batch, prompt)`, where it has them; a property `compilations`, which counts them, keeps what is compiled
+meanwhile out of timed blocks.
 """
 
 from __future__ import annotations
@@ -52,7 +58,9 @@ class Session:
         name = fields.pop("request", None)
         handlers: dict[Any, Callable[..., dict[str, Any]]] = {
             "prepare": self._prepare,
+            "forget_compiled": self._forget_compiled,
             "load": self._load,
+            "compile": self._compile,
             "warm_up": self._warm_up,
             "block": self._block,
             "score": self._score,
@@ -86,6 +94,21 @@ class Session:
             },
         }
 
+    def _forget_compiled(self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any]) -> dict[str, Any]:
+        artifact = Artifact(Manifest.model_validate(manifest), Path(blobs))
+        forget = _optional(artifact, "forget_compiled")
+        return {"forgotten": bool(forget and forget(artifact, ExecutionSpec.model_validate(spec)))}
+
+    def _compile(self, shapes: list[list[int]]) -> dict[str, Any]:
+        """Whoever compiles for the shapes that it meets meets them here, as a part of loading."""
+        compile_shapes = getattr(self.runner, "compile_shapes", None)
+        if compile_shapes is None:
+            return {"compile_s": 0.0}
+        begin = time.perf_counter_ns()
+        for batch, prompt in shapes:
+            compile_shapes(batch, prompt)
+        return {"compile_s": (time.perf_counter_ns() - begin) / 1e9}
+
     def _warm_up(self, point: dict[str, Any], vocab_size: int, seed: int, steps: int, cap_s: float) -> dict[str, Any]:
         work = Point.model_validate(point)
         tokens = fixed_tokens(work, vocab_size=vocab_size, seed=seed)
@@ -105,11 +128,18 @@ class Session:
 
 def _import_libraries(artifact: Artifact) -> None:
     """Have the runner import what it needs, where it says how, so that the load time does not count it."""
+    import_libraries = _optional(artifact, "import_libraries")
+    if import_libraries is not None:
+        import_libraries(artifact)
+
+
+def _optional(artifact: Artifact, name: str) -> Callable[..., Any] | None:
+    """What the runner of the artifact's format offers by that name, if it does."""
     for point in entry_points(group=RUNNERS):
         if point.name == artifact.format:
-            prepare = getattr(point.load(), "import_libraries", None)
-            if prepare is not None:
-                prepare(artifact)
+            found: Callable[..., Any] | None = getattr(point.load(), name, None)
+            return found
+    return None
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:

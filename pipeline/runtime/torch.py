@@ -98,6 +98,7 @@ class TorchRunner:
         if self._compilation is not None:
             compile_cache.use(compile_cache.artifact_cache(artifact, threads=spec.threads, version=self.version))
         self._model = _load(artifact).eval().requires_grad_(False).to(spec.device)
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
         config = self._model.config.get_text_config()
         self.vocab_size = int(config.vocab_size)
         limit = artifact.interface.max_length or getattr(config, "max_position_embeddings", None)
@@ -209,14 +210,14 @@ class TorchRunner:
 
     def _forward(self, tokens: np.ndarray, *, keep: int) -> np.ndarray:
         """Logits [B, C, V] of these tokens after what the cache holds; the last `keep`, or all where it is 0."""
-        import numpy as np
         import torch
 
         if self._cache is None:
             self._cache = self._empty_cache(len(tokens))
         extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         with torch.inference_mode():
-            ids = torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device)
+            # a copy: a slice of one row has the strides of the whole, for which torch would compile again
+            ids = torch.from_numpy(tokens.copy()).to(self._device)
             if self._compilation is not None and self._compilation.dynamic is None:
                 self._mark_lengths(ids)
             try:

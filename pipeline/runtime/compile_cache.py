@@ -1,0 +1,113 @@
+"""Where torch.compile keeps its kernels, so that a process need not compile what an earlier one did.
+
+<store>/compiled/toolchain    the precompiled header and which instruction sets the compiler can do; for all models
+<store>/compiled/<key>        the kernels of one artifact, for this processor, these versions and so many threads
+
+Torch runs what lies there and unpickles its index, so nobody else may have written it: the folder is made for its
+owner alone, and one that others own or may write to is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from importlib import import_module
+from pathlib import Path
+
+from pipeline.artifact import Artifact, canonical_json
+from pipeline.errors import HostError, PipelineError
+from pipeline.hardware.host import describe_host
+from pipeline.store.store import default_store_path
+
+COMPILERS = ("g++", "clang++")
+TOOLCHAIN = "toolchain"
+
+
+def compile_cache_root() -> Path:
+    """The folder of all compiled kernels. It is made where it is not there.
+
+    Raises: PipelineError where somebody else owns it or may write to it.
+    """
+    root = default_store_path() / "compiled"
+    root.parent.mkdir(parents=True, exist_ok=True)
+    return private_folder(root)
+
+
+def artifact_cache(artifact: Artifact, *, threads: int, version: str) -> Path:
+    """The folder of one artifact's kernels; it need not be there.
+
+    The number of threads is part of its name, as it is written into the kernels.
+    """
+    facets = describe_host().facets()
+    own = {"artifact": artifact.digest, "threads": threads, "version": version, "host": facets}
+    return compile_cache_root() / hashlib.sha256(canonical_json(own)).hexdigest()
+
+
+def forget(folder: Path) -> bool:
+    """Remove compiled kernels; whether there were any. Processes that run them have them mapped and go on."""
+    doomed = folder.with_name(f".{secrets.token_hex(8)}")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return False
+    shutil.rmtree(doomed, ignore_errors=True)  # one that writes there still may keep it from going; it is never read
+    return True
+
+
+def private_folder(path: Path) -> Path:
+    """Make the folder for its owner alone, or check that it is one that nobody else can write to.
+
+    Raises: PipelineError where it is not.
+    """
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise PipelineError(f"no folder for compiled code: {error}") from error
+    found = path.lstat()
+    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    if not stat.S_ISDIR(found.st_mode) or not mine or (os.name == "posix" and found.st_mode & 0o022):
+        raise PipelineError(
+            f"{path} holds compiled code, and others than its owner may have written there: it is not run",
+            hint="remove it, or set PIPELINE_STORE to a folder of your own",
+        )
+    return path
+
+
+def require_compiler() -> None:
+    """Raises: HostError where there is no C++ compiler."""
+    if not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
+        raise HostError("torch.compile needs a C++ compiler and this host has neither g++ nor clang++; install one")
+
+
+def prepare_toolchain() -> None:
+    """Import torch's compiler and find out what the C++ compiler can do. Compiles a few lines, once a machine."""
+    import_module("torch._inductor.compile_fx")
+    from torch._inductor import codecache, config, cpu_vec_isa
+
+    require_compiler()
+    folder = private_folder(compile_cache_root() / TOOLCHAIN)
+    config.compile_threads = 1  # no pool of processes beside the one that is measured
+    if not os.environ.get("CXX") and not shutil.which("g++"):
+        config.cpp.cxx = (None, "clang++")
+    # the precompiled header, which halves the time of compiling, has a fixed place in the folder for temporary files
+    if hasattr(codecache, "_HEADER_DIR") and shutil.which("openssl"):  # torch takes the header's digest with it
+        codecache._HEADER_DIR = str(folder / "headers")
+        codecache._HEADER_LOCK_DIR = str(folder / "headers" / "locks")
+    else:
+        config.cpp_cache_precompile_headers = False
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    cpu_vec_isa.pick_vec_isa()  # remembered by this process
+
+
+def use(folder: Path) -> None:
+    """Have this process keep what it compiles in the folder, and take from there what is compiled already.
+
+    Raises: PipelineError where others may write to it; HostError where there is no C++ compiler.
+    """
+    prepare_toolchain()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(folder))
