@@ -34,6 +34,8 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 VALUE_BYTES = 64 * 1024
 """The fusions written in Python see initializers up to this size, gains and biases; larger ones are laid aside."""
 
+APPROXIMATING = ("O3", "O4")
+
 TOLERANCE = {"O1": 1e-3, "O2": 1e-3, "O3": 0.05, "O4": 0.25}
 """Largest difference from the graph before, as a share of an output's standard deviation.
 
@@ -85,6 +87,8 @@ class OptimizeOnnxRuntime(Pass):
             model = _fused(model, artifact, context)
             context.progress(0.5, "extended optimizations")
             model = _optimized(model, "extended", params, context)
+        if params.level in APPROXIMATING:
+            _approximate_gelu(model, context)
         interface = artifact.interface
         if params.level == "O4":
             context.progress(0.7, "float16")
@@ -103,7 +107,7 @@ def _optimized(model: ir.Model, level: str, params: OptimizeOnnxRuntime.Params, 
     original = original_of(model)
     if not params.fold_weights:
         lay_aside(model, original, lambda value: _is_stored(value) and is_folded(value))
-    config = {"optimization.enable_gelu_approximation": "1"} if params.level in ("O3", "O4") else {}
+    config = {"optimization.enable_gelu_approximation": "1"} if params.level in APPROXIMATING else {}
     with context.output.scratch() as folder:
         path = optimize_offline(
             model, folder, level=level, threads=context.threads, config=config, providers=_providers(params)
@@ -151,9 +155,9 @@ def _transpose_outside(model: ir.Model, weights: set[str]) -> None:
     import onnx_ir as ir
 
     for node in list(model.graph):
-        if node.op_type != "FusedMatMul" or node.inputs[1] is None or node.inputs[1].name not in weights:
+        if node.op_type != "FusedMatMul" or (weight := node.inputs[1]) is None or not _is_weight(weight, weights):
             continue
-        weight, attributes = node.inputs[1], node.attributes
+        attributes = node.attributes
         others = attributes.keys() - {"transB", "alpha"}
         plain = attributes.get_float("alpha", 1.0) == 1.0 and not any(attributes.get_int(name, 0) for name in others)
         if not plain or not attributes.get_int("transB", 0) or weight.shape is None or len(weight.shape) != 2:
@@ -168,6 +172,24 @@ def _transpose_outside(model: ir.Model, weights: set[str]) -> None:
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], [turned, product], node.outputs, product.outputs
         )
+
+
+def _is_weight(value: ir.Value, weights: set[str]) -> bool:
+    """Whether it is one of these, or a cast of one."""
+    while (node := value.producer()) is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return value.name in weights
+
+
+def _approximate_gelu(model: ir.Model, context: PassContext) -> None:
+    """Let ONNX's own Gelu use the polynomial in tanh. ONNX Runtime replaces its own older operator only."""
+    import onnx_ir as ir
+
+    nodes = [node for graph in model.graphs() for node in graph if node.op_type == "Gelu" and not node.domain]
+    for node in nodes:
+        node.attributes["approximate"] = ir.AttrString("approximate", "tanh")
+    approximate = sum(node.op_type == "FastGelu" for node in model.graph) + len(nodes)
+    context.logger.info("%d GELU approximated", approximate)
 
 
 def _compare(
