@@ -39,7 +39,16 @@ def hub_snapshot(name: str, revision: str | None, *, download: bool, trust_remot
         except (LocalEntryNotFoundError, RecipeError):  # not there, or a download that was interrupted
             if not download:
                 raise
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        try:
+            weight_files(found)
+        except RecipeError as error:  # pickles are not downloaded; without a network, what is there is all there is
+            raise RecipeError(
+                f"the model {name!r} has no whole set of safetensors: {error.message}",
+                hint="its download was cut short and the hub cannot be reached now; or its weights are pickles, to be "
+                "converted where you trust them: AutoModelForCausalLM.from_pretrained(ID).save_pretrained(NEW)",
+            ) from None
+        return found
 
     return _explained(find, name, revision, download=download)
 

@@ -112,9 +112,7 @@ def build_model(config: Any, dtype: str) -> Any:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except Exception as error:  # sizes that do not go together fail anywhere inside the architecture
-        raise PipelineError(
-            f"transformers cannot build this {config.model_type!r} model: {_sentence(error)}"
-        ) from error
+        raise PipelineError(f"transformers cannot build this {config.model_type} model: {_sentence(error)}") from error
     model.tie_weights()
     return model.eval()
 

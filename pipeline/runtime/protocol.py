@@ -86,12 +86,20 @@ def runner_version(format: str) -> str:
     return _factory(format).version
 
 
-def load_model(folder: str | Path, *, threads: int | None = None) -> CausalLMRunner:
+def load_model(folder: str | Path, *, threads: int | None = None, trust_remote_code: bool = False) -> CausalLMRunner:
     """Load an exported model folder, such as `runs/NAME/latest/model`.
 
-    Raises: PipelineError where the folder holds no exported model.
+    `trust_remote_code` lets Python files that the model brings run.
+
+    Raises: PipelineError where the folder holds no exported model, or one whose code is not trusted.
     """
     from pipeline.hardware.host import describe_host
 
     spec = ExecutionSpec(threads=threads or describe_host().physical_cores)
-    return load_runner(read_folder(Path(folder)), spec)
+    artifact = read_folder(Path(folder))
+    if artifact.manifest.execution.get("trust_remote_code") and not trust_remote_code:
+        raise PipelineError(
+            f"the model in {folder} runs Python files that it brings",
+            hint="read its .py files; load_model(FOLDER, trust_remote_code=True) runs them",
+        )
+    return load_runner(artifact, spec)
