@@ -40,6 +40,11 @@ class Measured:
     quality: Mapping[str, StageQuality] = field(default_factory=dict)
     speed: SpeedMeasurement | None = None
     failures: Mapping[str, str] = field(default_factory=dict)
+    """Why a stage has no figures."""
+    unloadable: Set[str] = frozenset()
+    """Those of them whose artifact cannot be read or loaded: the stage failed, whatever its pass thought."""
+    logs: Mapping[str, str] = field(default_factory=dict)
+    """Logs of what was loaded, relative to the run's folder."""
     notes: tuple[str, ...] = ()
 
 
@@ -49,6 +54,7 @@ class _Quality:
 
     stages: Mapping[str, StageQuality]
     failures: Mapping[str, str] = field(default_factory=dict)
+    unloadable: Set[str] = frozenset()
     notes: tuple[str, ...] = ()
     problem: str | None = None
 
@@ -71,10 +77,18 @@ class Evaluation:
         """Effects, quality and, where asked for, speed. Without speed, only what the store remembers of quality."""
         text_digest = digest_of(self.text)
         effects, failures = self._effects()
+        unloadable = set(failures)
         baseline = self.recipe.evaluate.baseline
         if baseline not in self.artifacts:
             note = f"nothing was measured: the baseline {baseline} has no artifact"
-            return Measured(text_digest=text_digest, effects=effects, failures=failures, notes=(note,))
+            return Measured(
+                text_digest=text_digest,
+                effects=effects,
+                failures=failures,
+                unloadable=unloadable,
+                logs=self._logs(),
+                notes=(note,),
+            )
         spec = ExecutionSpec(threads=self.plan.threads)
         stages = [
             StageToMeasure(name, artifact, spec)
@@ -89,7 +103,14 @@ class Evaluation:
                 stages.remove(stage)
         if baseline in failures:
             note = f"nothing was measured: the baseline {baseline} cannot be: {failures[baseline]}"
-            return Measured(text_digest=text_digest, effects=effects, failures=failures, notes=(note,))
+            return Measured(
+                text_digest=text_digest,
+                effects=effects,
+                failures=failures,
+                unloadable=unloadable,
+                logs=self._logs(),
+                notes=(note,),
+            )
         quality = self._quality(stages, text_digest, known_only=not speed)
         notes = list(quality.notes)
         timed = None
@@ -98,8 +119,10 @@ class Evaluation:
         elif baseline not in quality.failures:
             timed = self._speed([s for s in stages if s.name not in quality.failures])
             failures |= timed.failures
+            unloadable |= set(timed.unloadable) - quality.stages.keys()  # what was scored did load
             notes += timed.notes
         failures |= quality.failures
+        unloadable |= quality.unloadable
         if quality.problem is not None:
             failures = {stage.name: quality.problem for stage in stages} | failures
         return Measured(
@@ -108,8 +131,14 @@ class Evaluation:
             quality=quality.stages,
             speed=timed,
             failures=failures,
+            unloadable=unloadable,
+            logs=self._logs(),
             notes=tuple(notes),
         )
+
+    def _logs(self) -> dict[str, str]:
+        names = [name for name in self.artifacts if (self.logs / f"{name}.log").is_file()]
+        return {name: f"{self.logs.name}/{name}.log" for name in names}
 
     def _effects(self) -> tuple[dict[str, Effect], dict[str, str]]:
         """(effects, why a stage's artifact cannot be read)."""
@@ -178,7 +207,10 @@ class Evaluation:
             if stage.name in measured.stages:
                 self.store.put_measurement(key(stage), measured.stages[stage.name].model_dump(mode="json"))
         return _Quality(
-            stages={**known, **measured.stages}, failures=measured.failures, notes=(*notes, *measured.notes)
+            stages={**known, **measured.stages},
+            failures=measured.failures,
+            unloadable=set(measured.unloadable),
+            notes=(*notes, *measured.notes),
         )
 
     def _speed(self, stages: list[StageToMeasure]) -> SpeedMeasurement:

@@ -37,4 +37,5 @@ def worker_environment(threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash in C leaves Python's stacks in the log
     }

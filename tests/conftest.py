@@ -324,7 +324,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store(tmp_path / "store")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def install() -> Callable[..., None]:
     """`install_plugin`, for tests that write passes of their own."""
     return install_plugin

@@ -30,7 +30,6 @@ from pipeline.store.writer import BLOBS, OutputWriter
 
 def main(folder: Path) -> int:
     die_with_parent()
-    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as progress:
         os.dup2(2, 1)

@@ -36,6 +36,10 @@ class WorkerDiedError(StageError):
     """The process ended without an answer."""
 
 
+class LoadError(StageError):
+    """The model does not load: that is its stage's failure, and not the measurement's."""
+
+
 class Worker:
     """A process that loads one artifact and runs it; a context manager that leaves none behind.
 
@@ -83,9 +87,21 @@ class Worker:
     def load(self, artifact: Artifact) -> dict[str, Any]:
         """Load the artifact: load_s (imports not counted), vocab_size, max_length, environment.
 
-        Raises: StageError where it does not load; WorkerDiedError where the process ends.
+        Raises: StageError where a library is missing; LoadError where the model does not load, or its process ends.
         """
-        return self.ask("load", **self._description(artifact))
+        self.wait_until_prepared()
+        try:
+            return self.ask("load", **self._description(artifact))
+        except StageError as error:
+            reason = error.message.removeprefix(f"{self.name}: ")
+            raise LoadError(f"its model does not load: {reason}", hint=error.hint) from None
+
+    def forget_compiled(self, artifact: Artifact) -> None:
+        """Drop what earlier processes compiled of the artifact, so that loading it is cold.
+
+        Raises: StageError where it cannot be dropped; WorkerDiedError where the process ends.
+        """
+        self.ask("forget_compiled", **self._description(artifact))
 
     def _description(self, artifact: Artifact) -> dict[str, Any]:
         return {
@@ -156,7 +172,8 @@ class Worker:
         with self.log.open("rb") as file:
             file.seek(self._log_start)
             lines = file.read().decode("utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        return "\n  ".join([f"last lines of {self.log}:", *lines]) if lines else f"{self.log} is empty"
+        name = f"{self.log.parent.name}/{self.log.name}"  # the run's folder has another name when it is complete
+        return "\n  ".join([f"last lines of {name}:", *lines]) if lines else f"{name} is empty"
 
 
 class WorkerProcess(Protocol):
@@ -167,6 +184,7 @@ class WorkerProcess(Protocol):
     def prepare(self, artifact: Artifact) -> None: ...
     def wait_until_prepared(self) -> None: ...
     def load(self, artifact: Artifact) -> dict[str, Any]: ...
+    def forget_compiled(self, artifact: Artifact) -> None: ...
     def ask(self, request: str, **fields: Any) -> dict[str, Any]: ...
     def close(self) -> None: ...
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact, Frozen
 from pipeline.errors import PipelineError, StageError
-from pipeline.measure.process import StageToMeasure, StartWorker, Worker
+from pipeline.measure.process import LoadError, StageToMeasure, StartWorker, Worker
 from pipeline.measure.scoring import NLL, Scored, ScoreWork, windows_over
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class QualityMeasurement(Frozen):
 
     stages: dict[str, StageQuality]
     failures: dict[str, str] = Field(default_factory=dict)
+    unloadable: tuple[str, ...] = Field((), description="those of the failures whose model does not load")
     notes: tuple[str, ...] = ()
 
 
@@ -149,6 +150,7 @@ def measure_quality(
 
     measured: dict[str, StageQuality] = {}
     failures: dict[str, str] = {}
+    unloadable: list[str] = []
 
     with tempfile.TemporaryDirectory(prefix="quality-") as name:
         folder = Path(name)
@@ -181,6 +183,8 @@ def measure_quality(
                     worker.close()
             except StageError as error:
                 failures[stage.name] = str(error)
+                if isinstance(error, LoadError):
+                    unloadable.append(stage.name)
                 continue
             scored[stage.name] = Scored.model_validate(answer)
             nll = np.load(folder / stage.name / NLL)
@@ -204,7 +208,7 @@ def measure_quality(
                 sample_text=shown(scored[stage.name].sample),
                 vs_baseline=comparison,
             )
-    return QualityMeasurement(stages=measured, failures=failures, notes=notes)
+    return QualityMeasurement(stages=measured, failures=failures, unloadable=tuple(unloadable), notes=notes)
 
 
 def tokenize(artifact: Artifact, text: str, *, limit: int) -> list[int]:

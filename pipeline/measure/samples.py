@@ -76,6 +76,7 @@ class SpeedMeasurement(Frozen):
     )
     inference_peak_rss_bytes: dict[str, int] = Field(default_factory=dict)
     failures: dict[str, str] = Field(default_factory=dict, description="stage -> why it was not measured to the end")
+    unloadable: tuple[str, ...] = Field(default=(), description="those of the failures whose model does not load")
     logs: dict[str, str] = Field(default_factory=dict, description="stage -> path of its workers' log")
     notes: tuple[str, ...] = Field(default=(), description="what a reader should know about how it went")
     wall_s: float = 0.0

@@ -230,12 +230,21 @@ def _host(plan: Plan, store: Path) -> dict[str, Any]:
     return {**described, "probe": probed.model_dump(mode="json", exclude={"host"}) if probed else None}
 
 
-def _lock(recipe: Recipe, artifacts: Mapping[str, Artifact], text_digest: str) -> Lock:
+def installed_packages() -> dict[str, str]:
+    """Versions of those of PACKAGES that are installed."""
     packages = {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:  # an optional one
             continue
+    return packages
+
+
+def _lock(recipe: Recipe, artifacts: Mapping[str, Artifact], text_digest: str) -> Lock:
     digests = {"recipe": digest_of(recipe.model_dump(mode="json", by_alias=True)), "evaluation_text": text_digest}
-    return Lock(packages=packages, seed=recipe.seed, digests={**digests, **{n: a.digest for n, a in artifacts.items()}})
+    return Lock(
+        packages=installed_packages(),
+        seed=recipe.seed,
+        digests={**digests, **{n: a.digest for n, a in artifacts.items()}},
+    )
