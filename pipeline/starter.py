@@ -146,7 +146,7 @@ def starter_recipe(facts: ModelFacts, *, name: str, hardware: str, registry: Reg
         f"# {_summary(facts)}",
         "# `pipeline plan` says what a run would do, `pipeline run` does it and reports on every stage.",
         "version: 1",
-        f"name: {name}",
+        *_yaml({"name": name}),
         "",
         "# Where the model comes from. Others: builtin, path, huggingface (with revision), onnx, architecture.",
         "model:",
