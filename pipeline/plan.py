@@ -429,8 +429,8 @@ def _memory_obstacles(stages: Sequence[PlannedStage], profile: HardwareProfile, 
         for what, needed in needs:
             if needed > free:
                 found.append(
-                    f"{stage.name}: {what} takes about {_gigabytes(needed)} of memory, by estimate, and this host has "
-                    f"{_gigabytes(free)} free; --force tries"
+                    f"{stage.name}: {what} takes about {_readable(needed)} of memory, by estimate, and this host has "
+                    f"{_readable(free)} free; --force tries"
                 )
                 break
     return found
@@ -438,8 +438,8 @@ def _memory_obstacles(stages: Sequence[PlannedStage], profile: HardwareProfile, 
 
 def _does_not_fit(stages: Sequence[PlannedStage], profile: HardwareProfile) -> list[str]:
     return [
-        f"{stage.name} does not fit {profile.name}: running it takes about {_gigabytes(_bytes_to_run(stage.predicted))}"
-        f", by estimate, and {profile.name} has {_gigabytes(profile.memory_bytes)}"
+        f"{stage.name} does not fit {profile.name}: running it takes about {_readable(_bytes_to_run(stage.predicted))}"
+        f", by estimate, and {profile.name} has {_readable(profile.memory_bytes)}"
         for stage in stages
         if stage.predicted is not None and stage.predicted.fits is False and profile.memory_bytes is not None
     ]
@@ -451,8 +451,8 @@ def _bytes_to_run(memory: PredictedMemory) -> int:
     return (held or 0) + (memory.mapped_bytes or 0)
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _model_notes(source: Source) -> list[str]:
