@@ -55,7 +55,7 @@ def plan_recipe(
     host = describe_host()
     store = store or Store(default_store_path())
     source = _source(recipe, download=False)
-    _evaluation_text(recipe)
+    evaluation_text_of(recipe)
     return _plan(recipe, source, store, host, until=until, only=only, force=force)
 
 
@@ -81,7 +81,7 @@ def run(
     host = describe_host()
     store = store or Store(default_store_path())
     source = _source(recipe, download=True)
-    text = _evaluation_text(recipe)
+    text = evaluation_text_of(recipe)
     plan = _plan(recipe, source, store, host, until=until, only=only, force=force)
     plan.require_runnable()
     events.plan_made(plan)
@@ -190,7 +190,7 @@ def _profile(recipe: Recipe, host: Host, store: Store) -> HardwareProfile:
         raise RecipeError(error.message, hint=error.hint, location=recipe.location("hardware")) from None
 
 
-def _evaluation_text(recipe: Recipe) -> str:
+def evaluation_text_of(recipe: Recipe) -> str:
     """The text that quality is measured on.
 
     Raises: RecipeError where it is not there or not text.

@@ -46,7 +46,7 @@ def explain_stage(plan: Plan, name: str, store: Store) -> Explanation:
     if nearest is None:
         reason = f"the store has no run of the pass {stage.pass_name!r}"
         return Explanation(stage=name, status=stage.status, reason=reason)
-    changes = _differences(nearest.ingredients, stage.ingredients)
+    changes = differing(nearest.ingredients, stage.ingredients)
     for role, needed in {"its parent": stage.parent, **stage.inputs}.items():
         parent = plan.stage(needed) if needed else None
         if parent is not None and parent.status != "cached":
@@ -65,17 +65,18 @@ def _nearest(plan: Plan, stage: PlannedStage, store: Store) -> StageRecord | Non
 
     def distance(record: StageRecord) -> tuple[bool, int]:
         same = (record.recipe, record.stage) == (plan.recipe, stage.name)
-        return (not same, len(_differences(record.ingredients, stage.ingredients)))
+        return (not same, len(differing(record.ingredients, stage.ingredients)))
 
     return min(candidates, key=distance, default=None)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[Change]:
+def differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[Change]:
+    """What of two nested mappings is not the same, by dotted names."""
     found = []
     for key in sorted({*before, *now}):
         old, new = before.get(key, ABSENT), now.get(key, ABSENT)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            found += differing(old, new, f"{prefix}{key}.")
         elif old != new:
             found.append(Change(what=prefix + key, before=_short(old), now=_short(new)))
     return found

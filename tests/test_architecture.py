@@ -20,7 +20,7 @@ FLOORS = [
     ["execute", "why"],
     ["events", "evaluate"],
     ["report"],
-    ["run"],
+    ["run", "reproduce"],
     ["cli", "__main__"],
 ]
 HEAVY = {"numpy", "torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "scipy", "olive", "pandas"}

@@ -82,7 +82,7 @@ def _head(report: Report) -> Iterator[str]:
         yield f"\nModel: {plain(report.model.source)}{random if report.model.random_weights else ''}."
     if report.cell is not None:
         overrides = code(json.dumps(report.cell.overrides, ensure_ascii=False))
-        yield f"\nCell {report.cell.index} of {report.cell.of} of the matrix: {overrides}."
+        yield f"\nCell {report.cell.index} of 0 to {report.cell.of - 1} of the matrix: {overrides}."
     for note in report.notes:
         yield f"\n> {plain(note)}"
 
