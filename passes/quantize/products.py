@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -176,6 +176,13 @@ def constant_matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
     if value is None or tensor is None or value.is_graph_input() or len(tensor.shape) != 2 or not tensor.size:
         return None, False
     return (value, transposed) if tensor.dtype.is_floating_point() and tensor.dtype.bitwidth >= 16 else (None, False)
+
+
+def bytes_of(weight: ir.Value) -> Hashable:
+    """Equal for initializers that name the same bytes: a table that the head shares may have a name for each."""
+    tensor = weight.const_value
+    ref = getattr(tensor, "ref", None)
+    return weight.name if ref is None else (getattr(tensor, "path", None), ref.offset, ref.length, ref.dtype, ref.shape)
 
 
 def excluded(patterns: Sequence[str], items: Collection[Product | Lookup]) -> set[ir.Node]:

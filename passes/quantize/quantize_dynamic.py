@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Literal
 
 from passes.quantize.channel_quantization import quantize_channels
@@ -9,6 +10,7 @@ from passes.quantize.products import (
     MICROSOFT,
     Product,
     add_initializer,
+    bytes_of,
     chosen_products,
     find_products,
     remove_unused,
@@ -16,7 +18,18 @@ from passes.quantize.products import (
     report_counts,
     with_bias,
 )
-from pipeline import Artifact, Field, Pass, PassContext, PassParams, PipelineError, load_onnx, save_onnx
+from pipeline import (
+    Artifact,
+    Field,
+    ModelSize,
+    Pass,
+    PassContext,
+    PassParams,
+    PipelineError,
+    Prediction,
+    load_onnx,
+    save_onnx,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,6 +59,17 @@ class QuantizeDynamic(Pass):
             "same", description="the language model's head: same as the rest, or keep"
         )
 
+    @classmethod
+    def predict(cls, params: Params, model: ModelSize) -> Prediction:
+        """A byte for each weight; scales of channels count nothing, and `exclude` is not foreseen.
+
+        One weight is in memory at a time, in float32 and as codes. Libraries as measured.
+        """
+        kinds = ("linear",) if params.head == "keep" else ("linear", "head")
+        return Prediction(
+            model=model.with_weights(kinds, params.weight_type, 1.0), conversion_bytes=76 * 10**6 + 5 * model.largest
+        )
+
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
         """Replace each MatMul or Gemm that has a constant weight by DynamicQuantizeMatMul.
 
@@ -55,10 +79,10 @@ class QuantizeDynamic(Pass):
         model = load_onnx(artifact)
         products = single_precision(find_products(model))
         chosen = chosen_products(products, model, artifact, exclude=params.exclude, keep_head=params.head == "keep")
-        done: dict[tuple[str, bool], list[ir.Value | None]] = {}
+        done: dict[Hashable, list[ir.Value | None]] = {}
         for count, product in enumerate(chosen):
             context.progress(count / len(chosen), product.weight_name)
-            key = (product.weight_name, product.transposed)
+            key = (bytes_of(product.weight), product.transposed)
             if key not in done:
                 done[key] = _quantize(product, model, params, context)
             _replace(product, done[key])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
@@ -12,6 +12,7 @@ from passes.quantize.channel_quantization import quantize_channels
 from passes.quantize.products import (
     Product,
     add_initializer,
+    bytes_of,
     chosen_products,
     find_products,
     remove_unused,
@@ -21,7 +22,18 @@ from passes.quantize.products import (
 )
 from passes.quantize.quantize_dynamic import single_precision
 from passes.quantize.ranges import Method, activation_ranges
-from pipeline import Artifact, Field, Pass, PassContext, PassParams, PipelineError, load_onnx, save_onnx
+from pipeline import (
+    Artifact,
+    Field,
+    ModelSize,
+    Pass,
+    PassContext,
+    PassParams,
+    PipelineError,
+    Prediction,
+    load_onnx,
+    save_onnx,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,6 +100,12 @@ class QuantizeStatic(Pass):
                 raise ValueError("bins: for `method: percentile` and `entropy` only, and this is minmax")
             return self
 
+    @classmethod
+    def predict(cls, params: Params, model: ModelSize) -> Prediction:
+        """A byte for each weight; `exclude` is not foreseen, and what calibration takes is not known."""
+        kinds = ("linear",) if params.head == "keep" else ("linear", "head")
+        return Prediction(model=model.with_weights(kinds, "int8", 1.0))
+
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
         """Put QuantizeLinear and DequantizeLinear before each chosen product, and its weight into 8 bits.
 
@@ -107,7 +125,7 @@ class QuantizeStatic(Pass):
         tokens = calibration_tokens(artifact, context, samples=params.samples, length=params.sequence_length)
         widths = {str(product.input.name): product.shape[1] for product in chosen}
         activations: dict[str, list[ir.Value]] = {}
-        weights: dict[tuple[str, bool], list[ir.Value]] = {}
+        weights: dict[Hashable, list[ir.Value]] = {}
         groups = list(_groups(widths))
         for count, names in enumerate(groups):
             context.progress(0.8 * count / len(groups), f"calibrating {len(names)} of {len(widths)} activations")
@@ -125,7 +143,7 @@ class QuantizeStatic(Pass):
                 activations[name] = _quantize_activation(model, value, limits, params.activation_type, context)
         for count, product in enumerate(chosen):
             context.progress(0.8 + 0.2 * count / len(chosen), product.weight_name)
-            key = (product.weight_name, product.transposed)
+            key = (bytes_of(product.weight), product.transposed)
             if key not in weights:
                 weights[key] = _quantize_weight(model, product, params, context)
             _replace(product, activations[str(product.input.name)], weights[key])

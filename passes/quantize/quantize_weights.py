@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +20,7 @@ from passes.quantize.products import (
     Lookup,
     Product,
     add_initializer,
+    bytes_of,
     excluded,
     find_lookups,
     find_products,
@@ -323,7 +324,7 @@ class _Writer:
         self._model = model
         self._params = params
         self._context = context
-        self._done: dict[tuple[str, bool, str, str, int], list[ir.Value]] = {}
+        self._done: dict[Hashable, list[ir.Value]] = {}
 
     def product(self, step: Step) -> None:
         """Replace a product by MatMulNBits."""
@@ -392,7 +393,7 @@ class _Writer:
         solve: Callable[[np.ndarray], BlockQuantized],
     ) -> list[ir.Value]:
         """The initializers codes, scales and, where there are some, zero points; each weight's only once."""
-        key = (product.weight_name, product.transposed, dtype.name, method, bits)
+        key = (bytes_of(product.weight), product.transposed, dtype.name, method, bits)
         if key not in self._done:
             try:
                 result = solve(product.matrix())

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from passes.quantize import block_quantization
+from passes.quantize import block_quantization, quantize_weights
 from passes.quantize.block_quantization import dequantize_blocks, quantize_blocks
 from passes.quantize.quantize_weights import QuantizeWeights
 from pipeline import Artifact, Interface, Manifest, PassContext, PipelineError, load_onnx, save_onnx
 from pipeline.artifact import ONNX_FILE
+from pipeline.runtime.protocol import ExecutionSpec, load_runner
 from pipeline.store.writer import OutputWriter
 
 KINDS = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
@@ -381,3 +382,164 @@ def test_a_model_half_quantized_can_be_quantized_further(bench, exported_llama):
     whole = bench.run(QuantizeWeights, part, bits=4)
     bits = Counter(node.attributes.get_int("bits") for node in load_onnx(whole).graph if node.op_type == "MatMulNBits")
     assert bits == {8: 9, 4: 6}
+
+
+class TestMethods:
+    """What each method does to a language model; its numbers are tested in test_quantize_methods."""
+
+    @pytest.mark.parametrize("method", ["rtn", "hqq", "k_quant", "gptq"])
+    def test_gives_nearly_the_same_logits_in_the_runner(self, bench, reading_llama, method):
+        made = bench.run(QuantizeWeights, reading_llama, method=method, block_size=16, accuracy_level=0)
+        tokens = np.random.default_rng(1).integers(3, 277, (1, 24), dtype=np.int64)
+        (expected,), (given,) = (load_runner(a, ExecutionSpec()).score(tokens) for a in (reading_llama, made))
+        assert operators(made)["MatMulNBits"] == 15 and "MatMul" not in operators(made)
+        assert np.abs(given - expected).mean() < 0.3 * expected.std()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("method", ["hqq", "k_quant", "gptq"])
+    def test_takes_other_families(self, bench, family, logits_of, method):
+        made = bench.run(QuantizeWeights, family, method=method, block_size=16, embedding="int8")
+        tokens = np.random.default_rng(1).integers(3, 277, (2, 12), dtype=np.int64)
+        expected = logits_of(family, tokens)
+        assert np.abs(logits_of(made, tokens) - expected).mean() < 0.3 * expected.std()
+
+    def test_gptq_is_closer_on_text_like_that_it_read(self, bench, reading_llama, logits_of):
+        tokens = np.array([[(i * i) % 277 for i in range(700, 760)]], dtype=np.int64)
+        expected = logits_of(reading_llama, tokens)
+        errors = {}
+        for method in ("rtn", "gptq"):
+            made = bench.run(QuantizeWeights, reading_llama, method=method, accuracy_level=1)
+            errors[method] = float(np.square(logits_of(made, tokens) - expected).mean())
+        assert errors["gptq"] < 0.8 * errors["rtn"]
+
+    @pytest.mark.parametrize("act_order", [False, True])
+    def test_gptq_in_groups_of_inputs_is_the_same(self, bench, reading_llama, monkeypatch, act_order):
+        whole = bench.run(QuantizeWeights, reading_llama, method="gptq", samples=4, act_order=act_order)
+        monkeypatch.setattr(quantize_weights, "HESSIAN_BYTES", 4 * 96 * 96)
+        parts = bench.run(QuantizeWeights, reading_llama, method="gptq", samples=4, act_order=act_order)
+        codes = [
+            {n: t.const_value.numpy() for n, t in load_onnx(a).graph.initializers.items() if n.endswith(".q4")}
+            for a in (whole, parts)
+        ]
+        assert codes[0].keys() == codes[1].keys() and len(codes[0]) == 15
+        assert all(np.mean(codes[0][name] == codes[1][name]) > 0.99 for name in codes[0])
+
+    def test_gptq_depends_on_the_calibration_text_and_others_do_not(self):
+        assert QuantizeWeights.facets(QuantizeWeights.Params(method="gptq")) == ("calibration_text", "seed")
+        assert QuantizeWeights.facets(QuantizeWeights.Params()) == ()
+
+    def test_gptq_without_a_tokenizer_says_what_it_lacks(self, bench, reading_llama):
+        files = {n: e for n, e in reading_llama.manifest.files.items() if n != "tokenizer.json"}
+        bare = Artifact(reading_llama.manifest.model_copy(update={"files": files}), reading_llama.blobs)
+        with pytest.raises(PipelineError, match=r"calibration reads text, and the model has no tokenizer\.json"):
+            bench.run(QuantizeWeights, bare, method="gptq")
+
+    def test_hqq_has_real_zero_points(self, bench, reading_llama):
+        made = bench.run(QuantizeWeights, reading_llama, method="hqq")
+        zeros = made.tensor("lm_head.weight.zero_points")
+        assert zeros.dtype == np.float32 and not np.array_equal(zeros, np.rint(zeros))
+
+    def test_logs_what_was_quantized_and_what_was_left(self, bench, reading_llama, caplog):
+        with caplog.at_level("INFO", logger="pipeline.pass"):
+            bench.run(QuantizeWeights, reading_llama, exclude=["*.mlp.*"])
+        messages = [record.getMessage() for record in caplog.records if record.name == "pipeline.pass"]
+        assert messages[0] == "9 of 15 products by a constant weight quantized: rtn, 4 bits in blocks of 32"
+        assert len(messages) == 7 and messages[1].startswith("left as it is: model.layers.0.mlp.gate_proj.weight (")
+
+    @pytest.mark.parametrize(
+        ("params", "message"),
+        [
+            ({"method": "k_quant", "symmetric": True}, "k_quant always has zero points"),
+            ({"method": "hqq", "symmetric": True}, "hqq always has zero points"),
+            ({"method": "hqq", "bits": 8}, "hqq takes 4 bits, not 8"),
+            ({"samples": 8}, "samples: for `method: gptq` only, and this is rtn"),
+            ({"method": "hqq", "damping": 0.1, "act_order": True}, "damping, act_order: for `method: gptq` only"),
+            ({"head": True}, "head"),
+            ({"embedding": "int2"}, "embedding"),
+        ],
+    )
+    def test_with_parameters_that_exclude_each_other_are_refused(self, params, message):
+        with pytest.raises(ValidationError, match=message):
+            QuantizeWeights.Params(**params)
+
+    def test_survive_the_way_to_the_worker(self):
+        """There every parameter is given, the defaults, too."""
+        for values in ({"method": "gptq", "samples": 3}, {"method": "hqq"}, {"method": "k_quant"}, {}):
+            params = QuantizeWeights.Params.model_validate(values)
+            assert QuantizeWeights.Params.model_validate_json(params.model_dump_json()) == params
+
+
+class TestTheHeadAndTheEmbedding:
+    @pytest.mark.parametrize(("head", "bits"), [("int8", {4: 14, 8: 1}), ("int4", {4: 15}), ("same", {4: 15})])
+    def test_the_head_may_have_bits_of_its_own(self, bench, reading_llama, head, bits):
+        made = bench.run(QuantizeWeights, reading_llama, head=head)
+        nodes = [node for node in load_onnx(made).graph if node.op_type == "MatMulNBits"]
+        assert Counter(node.attributes.get_int("bits") for node in nodes) == bits
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("embedding", ["int8", "int4"])
+    def test_the_embedding_may_be_quantized_alone(self, bench, reading_llama, logits_of, embedding, symmetric):
+        """With bits of 8 for the rest, what differs from 8 bits without it comes from the embedding."""
+        plain = bench.run(QuantizeWeights, reading_llama, bits=8, symmetric=symmetric)
+        made = bench.run(QuantizeWeights, reading_llama, bits=8, symmetric=symmetric, embedding=embedding)
+        assert operators(made)["GatherBlockQuantized"] == 1
+        assert "model.embed_tokens.weight" not in made.component.tensors
+        tokens = np.random.default_rng(1).integers(3, 300, (2, 12), dtype=np.int64)
+        expected = logits_of(plain, tokens)
+        error = np.abs(logits_of(made, tokens) - expected).mean()
+        assert 0 < error < {"int8": 0.04, "int4": 0.3}[embedding] * expected.std()
+
+    def test_a_table_that_the_head_shares_stays_one(self, bench, exported_llama, logits_of):
+        tied = bench.run(QuantizeWeights, exported_llama, embedding="int4")
+        tensors = tied.component.tensors
+        rows, blocks = tensors["lm_head.weight.q4.rows"], tensors["lm_head.weight.q4"]
+        assert (rows.offset, rows.length) == (blocks.offset, blocks.length)
+        assert (rows.shape, blocks.shape) == ((300, 32), (300, 2, 16))
+        assert not any(name.endswith("embed_tokens.weight") for name in tensors)
+        other = bench.run(QuantizeWeights, exported_llama, embedding="int8")
+        assert other.manifest.weights_bytes == tied.manifest.weights_bytes + 300 * 64 + 300 * 2 * 4
+        tokens = np.random.default_rng(1).integers(3, 300, (2, 12), dtype=np.int64)
+        expected = logits_of(exported_llama, tokens)
+        assert np.abs(logits_of(tied, tokens) - expected).mean() < 0.5 * expected.std()
+
+    def test_a_table_whose_rows_fill_no_block_is_cut(self, bench, publish):
+        """The operator for products pads rows, that for tables does not."""
+        table = random_weight(30, 40)
+        tokens = ir.Value(name="tokens", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["rows"]))
+        w = ir.Value(name="w", const_value=ir.Tensor(table, name="w"), type=ir.TensorType(ir.DataType.FLOAT))
+        w.shape = ir.Shape(table.shape)
+        transpose = ir.node("Transpose", [w], {"perm": [1, 0]})
+        gather = ir.node("Gather", [w, tokens], name="look_up")
+        product = ir.node("MatMul", [gather.outputs[0], transpose.outputs[0]], name="head")
+        for node in (gather, transpose, product):
+            node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        y = product.outputs[0]
+        y.name, y.shape = "logits", ir.Shape(["rows", 30])
+        graph = ir.Graph(
+            [tokens],
+            [y],
+            nodes=[transpose, gather, product],
+            initializers=[w],
+            opset_imports={"": 23},
+            name="g",
+        )
+        before = publish(ir.Model(graph, ir_version=10))
+        interface = Interface(task="forward", inputs={"tokens": "tokens"}, outputs={"logits": "logits"})
+        before = Artifact(before.manifest.model_copy(update={"interface": interface}), before.blobs)
+        made = bench.run(QuantizeWeights, before, bits=8, embedding="int8", accuracy_level=1)
+        ids = np.array([3, 17, 29])
+        expected = restored(table, bits=8, block_size=32, symmetric=True)
+        (result,) = bench.session(made).run(None, {"tokens": ids})
+        np.testing.assert_allclose(result, expected[ids] @ expected.T, atol=1e-4)
+
+    def test_a_graph_without_an_embedding_is_told_so(self, bench, publish):
+        with pytest.raises(PipelineError, match="looks no token up in a constant float table"):
+            bench.run(QuantizeWeights, publish(product_model(random_weight(24, 64))), embedding="int8")
+
+    def test_a_graph_without_a_head_is_told_so(self, bench, publish):
+        with pytest.raises(PipelineError, match="no product that yields logits"):
+            bench.run(QuantizeWeights, publish(product_model(random_weight(24, 64))), head="int8")
+
+    def test_nodes_are_excluded_by_name_too(self, bench, publish):
+        with pytest.raises(PipelineError, match="all 1 weights are excluded"):
+            bench.run(QuantizeWeights, publish(product_model(random_weight(24, 64))), exclude=["prod*"])
