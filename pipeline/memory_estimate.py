@@ -337,7 +337,7 @@ def held_weights(model: ModelSize, *, device: str = "cpu") -> Held:
             mapped += stored
         elif weights.dtype in HALF:
             memory += round(weights.parameters * 4 * ONNX_WIDENED)
-        elif weights.dtype in PLAIN_DTYPES:
+        elif weights.dtype == "float32":
             memory += round(weights.size_bytes * ONNX_PACKED)
         else:
             memory += weights.size_bytes
