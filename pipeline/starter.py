@@ -29,6 +29,11 @@ SCHEMA_FILE = "recipe.schema.json"
 PROMPT, NEW_TOKENS, WINDOW = 128, 64, 512
 """Tokens that a workload and a quality window have where the model takes so many."""
 
+QUANTIZED = frozenset(
+    {"MatMulNBits", "DynamicQuantizeMatMul", "MatMulInteger", "QLinearMatMul", "GatherBlockQuantized"}
+)
+"""Operators that tell that a graph's weights are quantized."""
+
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -47,6 +52,8 @@ class ModelFacts:
     max_length: int | None = None
     has_tokenizer: bool = True
     downloaded: bool = True
+    quantized: bool = False
+    """An ONNX graph whose weights are of 8 bits or fewer already."""
 
 
 def describe_model(given: str, *, relative_to: Path, recipe_folder: Path) -> ModelFacts:
@@ -100,8 +107,10 @@ def _found(kind: Kind, name: str, folder: Path) -> ModelFacts:
     if source.graph is not None:
         header = read_onnx_header(source.folder / source.graph)
         layers: int | None = sum(value.name.endswith(".key") for value in header.inputs)
-        parameters = header.parameters
+        parameters = None if header.operators & QUANTIZED else header.parameters  # packed: no one can tell
+        quantized = bool(header.operators & QUANTIZED)
     else:
+        quantized = False
         config = read_config(source.folder)
         layers = layer_count(config.get("text_config", config))
         parameters = parameter_count(read_weights(source.folder, list(source.weights)))
@@ -115,6 +124,7 @@ def _found(kind: Kind, name: str, folder: Path) -> ModelFacts:
         dtype=source.dtype,
         max_length=source.max_length,
         has_tokenizer=source.has_tokenizer,
+        quantized=quantized,
     )
 
 
@@ -160,8 +170,11 @@ def starter_recipe(facts: ModelFacts, *, name: str, hardware: str, registry: Reg
         *_yaml({"hardware": hardware}),
         "",
         "# Each pass takes the model of the one before, or of the stage that `after` names: that makes a branch.",
-        "passes:",
+        "passes: []" if facts.quantized else "passes:",
     ]
+    if facts.quantized:
+        lines += ["  # Its weights are quantized already.", *_other_passes(facts.format, registry), ""]
+        return "\n".join([*lines, *_evaluation(facts)]).rstrip("\n") + "\n"
     if torch:
         lines.append(
             "  - pass: export_onnx             # PyTorch to an ONNX graph; copies no weights, checks the result"

@@ -43,7 +43,7 @@ EXTERNAL = 1
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MODEL_GRAPH = 7
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
-NODE_ATTRIBUTE = 5
+NODE_OPERATOR, NODE_ATTRIBUTE = 4, 5
 ATTRIBUTE_TENSOR, ATTRIBUTE_GRAPH, ATTRIBUTE_TENSORS, ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL, TENSOR_LOCATION = 1, 2, 8, 13, 14
 VALUE_NAME, VALUE_TYPE = 1, 2
@@ -84,6 +84,8 @@ class OnnxHeader:
     parameters: int
     """Elements of all initializers of two and more dimensions; packed ones count as they are stored."""
     external: tuple[ExternalTensor, ...]
+    operators: frozenset[str] = frozenset()
+    """Types of the nodes of the main graph."""
     hidden: tuple[str, ...] = field(default=())
     """Tensors outside the file that are no initializers of the main graph."""
 
@@ -111,6 +113,7 @@ def _model(data: mmap.mmap) -> OnnxHeader:
     outputs: list[Value] = []
     external: list[ExternalTensor] = []
     hidden: list[str] = []
+    operators: set[str] = set()
     names: set[str] = set()
     parameters = 0
     for number, value in _fields(data, _span(graphs[0])):
@@ -126,6 +129,7 @@ def _model(data: mmap.mmap) -> OnnxHeader:
                 external.append(outside)
         elif number == GRAPH_NODE:
             hidden += _inside_node(data, _span(value))
+            operators |= {_text(data, kind) for n, kind in _fields(data, _span(value)) if n == NODE_OPERATOR}
     return OnnxHeader(
         # older graphs list initializers among the inputs, as values that a caller may replace
         inputs=tuple(value for value in inputs if value.name not in names),
@@ -133,6 +137,7 @@ def _model(data: mmap.mmap) -> OnnxHeader:
         initializers=len(names),
         parameters=parameters,
         external=tuple(external),
+        operators=frozenset(operators),
         hidden=tuple(hidden),
     )
 

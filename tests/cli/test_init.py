@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 import yaml
-from onnx import TensorProto, helper, save
+from onnx import TensorProto, helper, load, save
 from safetensors.numpy import save_file
 
 from pipeline.plugin import Registry
@@ -123,6 +123,19 @@ def test_an_onnx_file_needs_no_export(cli: Cli, tmp_path: Path) -> None:
     assert [s.parent for s in recipe.stages] == ["source", "source"]
     assert recipe.gates == []
     assert [s["produces"] for s in planned(cli, "tiny.yaml")["stages"]] == ["onnx", "onnx", "onnx"]
+
+
+@pytest.mark.usefixtures("store")
+def test_a_graph_that_is_quantized_already_is_not_quantized_again(cli: Cli, tmp_path: Path) -> None:
+    path = save_graph(tmp_path / "work" / "tiny" / "model.onnx")
+    model = load(path)
+    model.graph.node.append(helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft"))
+    save(model, path)
+    assert cli("init", "tiny").code == 0
+    text = Path("tiny.yaml").read_text()
+    assert "Its weights are quantized already" in text
+    assert load_recipe("tiny.yaml").stages == []
+    planned(cli, "tiny.yaml")
 
 
 @pytest.mark.usefixtures("store")

@@ -32,6 +32,7 @@ def test_the_header_is_what_onnx_itself_reads(tmp_path: Path, write_graph: Write
     assert [(v.name, list(v.shape or ())) for v in header.outputs] == described(list(model.graph.output))
     assert {v.dtype for v in header.inputs} == {"int64", "float32"}
     assert header.initializers == 3
+    assert header.operators == {node.op_type for node in model.graph.node}
     assert header.parameters == 2 * 32 * 8
     outside = {
         t.name: {e.key: e.value for e in t.external_data}
