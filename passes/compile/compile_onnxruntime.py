@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from passes.graph.agreement import Outputs, largest_difference, outputs_of
-from passes.graph.offline import DATA_FILE, open_saved, open_session, optimize_offline, session_options
+from passes.graph.offline import DATA_FILE, open_session, optimize_offline, session_options
 from passes.graph.weights_aside import execution_of_graph, keep_used_opsets, original_of, put_back
 from pipeline import (
     Artifact,
     Field,
+    Interface,
+    ModelSize,
     Pass,
     PassContext,
     PassParams,
     PipelineError,
+    Prediction,
     TensorRef,
     load_onnx,
     new_tensor,
@@ -54,6 +57,11 @@ class CompileOnnxRuntime(Pass):
             "and takes less memory that others cannot share, the artifact is larger",
         )
 
+    @classmethod
+    def predict(cls, params: Params, model: ModelSize) -> Prediction:
+        """Packed weights are mapped when they are loaded; what packing takes is not known."""
+        return Prediction(model=model.model_copy(update={"prepacked": params.prepack}))
+
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
         """Save the graph and the packed weights, load both ways, compare.
 
@@ -67,24 +75,24 @@ class CompileOnnxRuntime(Pass):
         config = {"session.save_external_prepacked_constant_initializers": "1"} if params.prepack else {}
         with context.output.scratch() as folder:
             path = optimize_offline(model, folder, level="all", threads=context.threads, config=config)
-            context.progress(0.5, "comparing")
-            _compare(model, path, artifact, context)
-            context.progress(0.8, "writing")
             packed = _take_packed(path)
-            made = ir.load(path)
+            made: ir.Model = ir.load(path)
+            context.progress(0.4, "writing")
             record, parts = _keep_packed(made, packed, folder / DATA_FILE, context)
             put_back(made, original, context, tool="ONNX Runtime")
         keep_used_opsets(made)
+        context.progress(0.7, "comparing")
+        _compare(model, made, _entries(record, parts), artifact, context)
         facts = {
             "cpu": context.facet("host.cpu"),
             "instruction_sets": context.facet("host.instruction_sets"),
             "onnxruntime": version("onnxruntime"),
         }
-        record = {**facts, "layout": "com.microsoft.nchwc" in made.opset_imports, "weights": record}
+        described = {**facts, "layout": "com.microsoft.nchwc" in made.opset_imports, "weights": record}
         saved = save_onnx(
             made, context.output, like=artifact, execution={**execution_of_graph(artifact), "compiled": facts}
         )
-        return _with_packed(saved, record, parts, context)
+        return _with_packed(saved, described, parts, context)
 
 
 class _Packed(NamedTuple):
@@ -123,11 +131,14 @@ def _keep_packed(
 ) -> tuple[dict[str, Any], dict[str, TensorRef]]:
     """Write each weight that has packed forms, and those, into the artifact's own file.
 
-    ONNX Runtime looks for both in one file, so that such a weight cannot be referred to where it lay.
+    ONNX Runtime looks for both in one file, so that such a weight cannot be referred to where it lay. It saves packed
+    forms at any offset, but its kernels find their parts from an aligned address on: what it saved reads as garbage
+    unless it is moved to where it is aligned, as all tensors of an artifact are.
 
     Returns the record for the runner, and the places of the parts.
     """
     import numpy as np
+    import onnx_ir as ir
 
     record: dict[str, Any] = {}
     places: dict[str, TensorRef] = {}
@@ -135,6 +146,8 @@ def _keep_packed(
         if name not in packed or value.const_value is None:
             continue
         value.const_value = new_tensor(context.output, name, value.const_value.numpy())
+        if not isinstance(value.const_value, ir.LazyTensor):  # so small that it is in the graph
+            continue
         record[name] = {}
         for entry, form in packed[name].items():
             names = [f"{name}.{entry}.{count}" for count in range(len(form.parts))]
@@ -169,21 +182,32 @@ class _Loaded(NamedTuple):
     outputs: Outputs
 
 
-def _compare(before: ir.Model, compiled: Path, artifact: Artifact, context: PassContext) -> None:
-    """Load both, say what that took, and check that they compute the same."""
+def _entries(record: dict[str, Any], parts: dict[str, TensorRef]) -> dict[str, dict[str, str]]:
+    """The packed forms as ONNX Runtime reads them: the opposite of `_take_packed`."""
+    return {
+        name: {entry: _entry(form, [parts[part] for part in form["parts"]]) for entry, form in forms.items()}
+        for name, forms in record.items()
+    }
+
+
+def _entry(form: dict[str, Any], parts: list[TensorRef]) -> str:
+    places = zip(parts, form["checksums"], strict=True)
+    return "|".join([form["key"], *(f"{part.offset};{part.length};{checksum}" for part, checksum in places)])
+
+
+def _compare(
+    before: ir.Model, after: ir.Model, packed: dict[str, dict[str, str]], artifact: Artifact, context: PassContext
+) -> None:
+    """Load both, say what that took, and check that they compute the same.
+
+    Raises: PipelineError where they do not.
+    """
     interface = artifact.interface
-    threads = context.threads
-
-    def load(opening: Callable[[], Any]) -> _Loaded:
-        _give_back_freed_memory()
-        memory, begin = _anonymous_bytes(), time.perf_counter()
-        session = opening()
-        load_s, after = time.perf_counter() - begin, _anonymous_bytes()
-        outputs = outputs_of(session, interface) if interface.cache is not None else []
-        return _Loaded(load_s, None if memory is None or after is None else after - memory, outputs)
-
-    new = load(lambda: open_saved(compiled, session_options(threads)))
-    old = load(lambda: open_session(before, session_options(threads, "all")))
+    options = session_options(context.threads), session_options(context.threads, "all")
+    if packed:
+        context.output.pack_path()  # which flushes what was written to it
+    new = _loaded(lambda: open_session(after, options[0], packed=packed), interface)
+    old = _loaded(lambda: open_session(before, options[1]), interface)
     context.logger.info("loads in %.2f s, before in %.2f s", new.load_s, old.load_s)
     if new.anonymous_bytes is not None and old.anonymous_bytes is not None:
         megabytes = new.anonymous_bytes / 1e6, old.anonymous_bytes / 1e6
@@ -198,6 +222,15 @@ def _compare(before: ir.Model, compiled: Path, artifact: Artifact, context: Pass
             f"{TOLERANCE:.2g} is allowed",
             hint="this is a fault of ONNX Runtime; leave the pass out",
         )
+
+
+def _loaded(opening: Callable[[], Any], interface: Interface) -> _Loaded:
+    _give_back_freed_memory()
+    memory, begin = _anonymous_bytes(), time.perf_counter()
+    session = opening()
+    load_s, after = time.perf_counter() - begin, _anonymous_bytes()
+    outputs = outputs_of(session, interface) if interface.cache is not None else []
+    return _Loaded(load_s, None if memory is None or after is None else after - memory, outputs)
 
 
 def _give_back_freed_memory() -> None:

@@ -68,8 +68,16 @@ def session_options(threads: int, level: str | None = None) -> Any:
     return options
 
 
-def open_session(model: ir.Model, options: Any, *, providers: Iterable[str] = ("CPUExecutionProvider",)) -> Any:
-    """A session of the graph over its mapped weights.
+def open_session(
+    model: ir.Model,
+    options: Any,
+    *,
+    providers: Iterable[str] = ("CPUExecutionProvider",),
+    packed: Mapping[str, Mapping[str, str]] | None = None,
+) -> Any:
+    """A session of the graph over its mapped weights, and over their packed forms.
+
+    `packed` are further entries of weights' external data, by weight and key.
 
     Raises: PipelineError where ONNX Runtime refuses the graph.
     """
@@ -79,26 +87,15 @@ def open_session(model: ir.Model, options: Any, *, providers: Iterable[str] = ("
     # files are mapped only if they lie below this folder: with the root, they may lie anywhere
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", Path.cwd().anchor)
     with _files_from_the_root(model):
-        data = ir.to_proto(model).SerializeToString()
+        proto = ir.to_proto(model)
+    for initializer in proto.graph.initializer:
+        for key, value in (packed or {}).get(initializer.name, {}).items():
+            initializer.external_data.add(key=key, value=value)
+    data = proto.SerializeToString()
     try:
         return onnxruntime.InferenceSession(data, options, providers=list(providers))
     except Exception as error:  # the runtime's exceptions share no base of their own
         raise PipelineError(f"ONNX Runtime refuses the graph: {str(error).partition(chr(10))[0]}") from error
-
-
-def open_saved(path: Path, options: Any) -> Any:
-    """A session of a graph that `optimize_offline` saved.
-
-    Raises: PipelineError where ONNX Runtime refuses it.
-    """
-    import onnxruntime
-
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's exceptions share no base of their own
-        raise PipelineError(
-            f"ONNX Runtime refuses the graph that it saved: {str(error).partition(chr(10))[0]}"
-        ) from error
 
 
 def is_folded(value: ir.Value) -> bool:

@@ -2,12 +2,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import tiny_models
 
 from pipeline.artifact import Artifact
 from pipeline.errors import HostError, PipelineError
 from pipeline.runtime import ExecutionSpec, load_runner
+from pipeline.runtime import onnxruntime as runtime
 from pipeline.runtime.onnxruntime import OnnxRuntimeRunner
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCABULARY, (2, 20))
@@ -129,3 +131,67 @@ def test_a_graph_that_does_not_load_is_an_error_for_the_user(artifact: Artifact)
     Path(str(artifact.component.files["model.onnx"].path)).write_bytes(b"not a graph")
     with pytest.raises(PipelineError, match="cannot load the graph"):
         OnnxRuntimeRunner(artifact, ExecutionSpec())
+
+
+def test_weights_are_mapped_from_the_files_that_hold_them(artifact: Artifact) -> None:
+    import onnx
+
+    graph = onnx.load_from_string(runtime._graph_over_files(artifact, {})).graph
+    places = {
+        initializer.name: {entry.key: entry.value for entry in initializer.external_data}
+        for initializer in graph.initializer
+        if initializer.external_data
+    }
+    file = Path(str(artifact.component.files["weights/pack"].path)).resolve()
+    refs = artifact.component.tensors
+    assert places == {
+        name: {"location": str(file)[1:], "offset": str(ref.offset), "length": str(ref.length)}
+        for name, ref in refs.items()
+    }
+
+
+def test_weights_may_lie_behind_a_link(tmp_path: Path) -> None:
+    artifact = tiny_models.onnx_artifact(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    files = {
+        name: entry.model_copy(update={"path": str(entry.path).replace("/real/", "/link/")})
+        for name, entry in artifact.component.files.items()
+    }
+    component = artifact.component.model_copy(update={"files": files})
+    linked = Artifact(artifact.manifest.model_copy(update={"components": {"model": component}}), artifact.blobs)
+    np.testing.assert_allclose(OnnxRuntimeRunner(linked, ExecutionSpec()).prefill(TOKENS), EXPECTED[:, -1], atol=1e-4)
+
+
+def test_a_weight_that_the_manifest_does_not_know_is_an_error(artifact: Artifact) -> None:
+    component = artifact.component.model_copy(update={"tensors": {}})
+    damaged = Artifact(artifact.manifest.model_copy(update={"components": {"model": component}}), artifact.blobs)
+    with pytest.raises(PipelineError, match=r"initializer '\w+' outside, and the manifest does not say where"):
+        OnnxRuntimeRunner(damaged, ExecutionSpec())
+
+
+def test_a_missing_file_of_weights_is_an_error_for_the_user(artifact: Artifact) -> None:
+    Path(str(artifact.component.files["weights/pack"].path)).unlink()
+    with pytest.raises(PipelineError, match="cannot load the graph"):
+        OnnxRuntimeRunner(artifact, ExecutionSpec())
+
+
+def test_a_cuda_device_means_cuda_s_provider() -> None:
+    assert runtime._provider(ExecutionSpec(device="cuda")) == "CUDAExecutionProvider"
+    assert runtime._provider(ExecutionSpec(device="cuda", provider="TensorrtExecutionProvider")).startswith("Tensorrt")
+    assert runtime._provider(ExecutionSpec()) == "CPUExecutionProvider"
+
+
+HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
+def test_a_cuda_device_without_cuda_is_the_host_s_fault(artifact: Artifact) -> None:
+    with pytest.raises(HostError, match="the stage asks for CUDAExecutionProvider"):
+        OnnxRuntimeRunner(artifact, ExecutionSpec(device="cuda"))
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="this ONNX Runtime has no CUDA")
+def test_on_cuda_the_logits_are_the_same(artifact: Artifact) -> None:
+    runner = OnnxRuntimeRunner(artifact, ExecutionSpec(device="cuda"))
+    np.testing.assert_allclose(runner.prefill(TOKENS[:, :19]), EXPECTED[:, 18], atol=1e-2)
+    np.testing.assert_allclose(runner.decode(TOKENS[:, 19:]), EXPECTED[:, 19], atol=1e-2)
