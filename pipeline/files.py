@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # A file changed within one tick of its timestamp right after it was digested would keep its mtime: a digest is
@@ -83,7 +84,8 @@ class DigestMemory:
         after = path.stat()
         unchanged = (after.st_size, after.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
         if unchanged and began - stat.st_mtime_ns > QUIET_NS:
-            write_atomically(entry, json.dumps({"identity": identity, "digest": digest}).encode())
+            with suppress(OSError):  # a full disk, or a store that may only be read: it is read again next time
+                write_atomically(entry, json.dumps({"identity": identity, "digest": digest}).encode())
         return digest
 
     def remember(self, path: Path, digest: str) -> None:

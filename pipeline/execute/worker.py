@@ -12,10 +12,10 @@ import faulthandler
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.artifact import Artifact
@@ -40,8 +40,6 @@ def main(folder: Path) -> int:
             progress.write(json.dumps({"fraction": fraction, "message": message}) + "\n")
 
         answer = _run(folder, report)
-    if answer.failure is not None:
-        shutil.rmtree(folder / BLOBS, ignore_errors=True)  # where the disk is full, so that the answer has room
     (folder / RESULT).write_text(answer.model_dump_json(), encoding="utf-8")
     return 0 if answer.failure is None else 1
 
@@ -68,11 +66,20 @@ def _run(folder: Path, report: object) -> Answer:
             raise PipelineError(f"the pass {found.name!r} returned {describe(made)} where it promises {expected!r}")
         return Answer(manifest=made.manifest)
     except PipelineError as error:
-        traceback.print_exc()
+        _log(folder)
         return Answer(failure=Failure(message=error.message, hint=error.hint))
     except (Exception, SystemExit) as error:  # a pass may be a stranger's: what it raises fails its stage
-        traceback.print_exc()
+        _log(folder)
         return Answer(failure=_unexpected(error, request.pass_name))
+
+
+def _log(folder: Path) -> None:
+    """Write the exception into the log, once what the pass had written is gone: the disk may be full of that."""
+    for path in (folder / BLOBS).iterdir():
+        os.truncate(path, 0)  # it may be open still, and then it would keep its room without a name
+        path.unlink()
+    with suppress(OSError):  # no room even so; the answer says what happened
+        traceback.print_exc()
 
 
 def _unexpected(error: BaseException, pass_name: str) -> Failure:

@@ -55,8 +55,8 @@ def open_lease(root: Path, folder: Path | None) -> Iterator[Lease]:
     path = root / "leases" / f"{secrets.token_hex(8)}.jsonl"
     with lock(path):
         lease = Lease(path)
-        lease._append({"pid": os.getpid(), "folder": str(folder.absolute()) if folder else None})
         try:
+            lease._append({"pid": os.getpid(), "folder": str(folder.absolute()) if folder else None})
             yield lease
         finally:
             path.unlink(missing_ok=True)

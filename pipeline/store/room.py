@@ -25,11 +25,15 @@ def too_little_room(store: Store, need_bytes: int) -> str:
     if need_bytes <= free:
         return ""
     return (
-        f"it writes up to {need_bytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free for the store in {store.root}; "
+        f"it writes up to {_amount(need_bytes)} and {_amount(free)} are free for the store in {store.root}; "
         f"{HINT}, --force tries"
     )
 
 
 def disk_is_full(store: Store, what: str) -> str:
     """That a write failed for lack of room, for a person."""
-    return f"the disk is full: {what}; {free_bytes(store) / 1e6:,.1f} MB are free for the store in {store.root}; {HINT}"
+    return f"the disk is full: {what}; {_amount(free_bytes(store))} are free for the store in {store.root}; {HINT}"
+
+
+def _amount(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.0f} MB" if size_bytes >= 10_000_000 else f"{size_bytes / 1e3:,.0f} kB"

@@ -84,7 +84,8 @@ class Store:
         digest = self.digest_file(path)
         known = self._places_seen(digest)
         if str(path) not in known:
-            write_atomically(self.place("references", digest), json.dumps([*known, str(path)][-8:]).encode())
+            with suppress(OSError):  # a full disk, or a store that may only be read: it is not found if it is moved
+                write_atomically(self.place("references", digest), json.dumps([*known, str(path)][-8:]).encode())
         return FileEntry(digest=digest, size_bytes=stat.st_size, path=str(path), mtime_ns=stat.st_mtime_ns)
 
     def _find_reference(self, entry: FileEntry) -> FileEntry | None:
