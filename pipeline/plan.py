@@ -59,7 +59,7 @@ class PlannedStage(Frozen):
     produces: str
     deterministic: bool = True
     timeout_s: float | None = Field(None, description="seconds after which the pass is ended")
-    writes_bytes: int | None = Field(None, description="of weights that the stage is expected to write; None: unknown")
+    writes_bytes: int = Field(0, description="of weights that the stage is expected to write, by estimate")
     status: Status
     reason: str = ""
     artifact: str | None = Field(None, description="digest, where it is known already")
@@ -145,8 +145,10 @@ def make_plan(
             stage, recipe, planned, store=store, registry=registry, profile=profile, host=host
         )
     cores = [host.physical_cores] if profile.physical_cores is None else [host.physical_cores, profile.physical_cores]
-    predicted, doubts = _predictions(planned, recipe, source, store=store, registry=registry, profile=profile)
-    stages_with_memory = [s.model_copy(update={"predicted": predicted[s.name]}) for s in planned.values()]
+    predicted, writes, doubts = _predictions(planned, recipe, source, store=store, registry=registry, profile=profile)
+    stages_with_memory = [
+        s.model_copy(update={"predicted": predicted[s.name], "writes_bytes": writes[s.name]}) for s in planned.values()
+    ]
     obstacles = [] if force else _memory_obstacles(stages_with_memory, profile, host)
     return Plan(
         recipe=recipe.name,
@@ -161,9 +163,7 @@ def make_plan(
             *doubts,
         ),
         obstacles=tuple(
-            obstacles
-            + ([] if force else _disk_obstacles(tuple(planned.values()), source, store))
-            + _device_obstacles(profile, host)
+            obstacles + ([] if force else _disk_obstacles(stages_with_memory, store)) + _device_obstacles(profile, host)
         ),
     )
 
@@ -376,16 +376,18 @@ def _predictions(
     store: Store,
     registry: Registry,
     profile: HardwareProfile,
-) -> tuple[dict[str, PredictedMemory], list[str]]:
-    """(memory of each stage, why a pass could not foresee its own)."""
+) -> tuple[dict[str, PredictedMemory], dict[str, int], list[str]]:
+    """(memory of each stage, bytes that it writes, why a pass could not foresee its own)."""
     wanted = recipe.evaluate.workload
     loads = [Load(b, p, wanted.new_tokens) for b in wanted.batch_sizes for p in wanted.prompt_lengths]
     predicted: dict[str, PredictedMemory] = {}
     sizes: dict[str, ModelSize] = {}
+    writes: dict[str, int] = {}
     doubts = []
     for name, stage in planned.items():
         if stage.parent is None:
             prediction = Prediction(model=_source_size(stage, source, store))
+            writes[name] = 0 if source.architecture is None else prediction.model.weights_bytes
         else:
             found = registry.load(stage.pass_name)
             before = sizes[stage.parent]
@@ -394,6 +396,7 @@ def _predictions(
             except Exception as error:  # a stranger's pass may raise anything, and an estimate must not stop a plan
                 doubts.append(f"{name}: the pass cannot foresee its memory: {type(error).__name__}: {error}")
                 prediction = Prediction(model=before.model_copy(update={"format": stage.produces}))
+            writes[name] = _written_bytes(before, prediction)
             if prediction.conversion_bytes is None:
                 prediction = prediction.model_copy(update={"conversion_bytes": unknown_conversion_bytes(before)})
             artifact = store.artifact(stage.artifact) if stage.artifact else None
@@ -402,7 +405,17 @@ def _predictions(
         sizes[name] = prediction.model
         capacity = profile.memory_bytes
         predicted[name] = predict_memory(prediction, loads, device=profile.device, capacity_bytes=capacity)
-    return predicted, doubts
+    return predicted, writes, doubts
+
+
+def _written_bytes(before: ModelSize, prediction: Prediction) -> int:
+    """Bytes of the weights that a pass writes: those that change. One that foresees nothing may write them all anew."""
+    after = prediction.model
+    if prediction.conversion_bytes is None:
+        return before.weights_bytes
+    if after.prepacked and not before.prepacked:
+        return after.weights_bytes
+    return sum(after.weights(k).size_bytes for k in after.stored_kinds if after.weights(k) != before.weights(k))
 
 
 def _source_size(stage: PlannedStage, source: Source, store: Store) -> ModelSize:
@@ -467,16 +480,11 @@ def _model_notes(source: Source) -> list[str]:
     return []
 
 
-def _disk_obstacles(stages: Sequence[PlannedStage], source: Source, store: Store) -> list[str]:
-    """Each stage that is to run has to find room in the store; one of unknown size writes as much as its parent has."""
-    found = []
-    for stage in stages:
-        if stage.parent is None or stage.status not in {"will run", "may hit"}:
-            continue
-        need = source.weights_bytes if stage.writes_bytes is None else stage.writes_bytes
-        if lacking := too_little_room(store, need):
-            found.append(f"{stage.name}: {lacking}")
-    return found
+def _disk_obstacles(stages: Sequence[PlannedStage], store: Store) -> list[str]:
+    """Each stage that is to run has to find room in the store."""
+    running = [stage for stage in stages if stage.status in {"will run", "may hit"}]
+    found = [(stage.name, too_little_room(store, stage.writes_bytes)) for stage in running]
+    return [f"{name}: {lacking}" for name, lacking in found if lacking]
 
 
 def _differences(profile: HardwareProfile, host: Host) -> list[str]:

@@ -172,7 +172,7 @@ def _stage(
                 _index(plan, stage, record.artifact, inputs=contents, cost=cost, store=store)
                 _copy_log(store, record.key, stage.key)
             return _cached(stage, record, store)
-        if not force and (lacking := too_little_room(store, _needed_bytes(stage, parent, store))):
+        if not force and (lacking := too_little_room(store, stage.writes_bytes)):
             return StageResult(name=stage.name, status="failed", reason=lacking, host_lacks=True)
         with store.staging() as staging:
             log = store.log_path(stage.key)
@@ -274,13 +274,6 @@ def _failed(stage: PlannedStage, ended: _Ended, store: Store, log: Path) -> Stag
 
 def _in_words(failure: Failure) -> str:
     return failure.message + (f" ({failure.hint})" if failure.hint else "")
-
-
-def _needed_bytes(stage: PlannedStage, parent: str, store: Store) -> int:
-    """What the stage is expected to write; where nobody knows, as much as its parent's weights, if it has one."""
-    if stage.writes_bytes is not None:
-        return stage.writes_bytes
-    return _manifest(store, parent).weights_bytes if parent else 0
 
 
 def _dump_stacks(process: subprocess.Popen[bytes], log: Path) -> None:
