@@ -46,6 +46,21 @@ class FakeRunner:
         return np.zeros((len(tokens), self.vocab_size), np.float32)
 
 
+class CompilingRunner(FakeRunner):
+    """Compiles, for a hundred seconds, in the calls with these numbers."""
+
+    def __init__(self, calls: set[int]) -> None:
+        super().__init__()
+        self.compiling = calls
+        self.compilations = 0
+
+    def _call(self, name: str, tokens: np.ndarray) -> np.ndarray:
+        if len(self.calls) in self.compiling:
+            self.compilations += 1
+            self.now_ns += 100 * 10**9
+        return super()._call(name, tokens)
+
+
 def tokens_of(point: Point) -> np.ndarray:
     return fixed_tokens(point, vocab_size=10, seed=0)
 
@@ -73,6 +88,21 @@ def test_the_tokens_fed_are_the_given_ones_whatever_the_model_says() -> None:
     tokens = tokens_of(DECODE)
     run_block(runner, DECODE, tokens, min_s=1, steps=3, clock=runner.clock)
     assert [token for call in runner.tokens for token in call] == tokens[0].tolist()
+
+
+@pytest.mark.parametrize("call", [0, 1, 3])
+def test_a_block_in_which_the_runner_compiled_is_done_again(call: int) -> None:
+    runner = CompilingRunner({call})
+    assert run_block(runner, DECODE, tokens_of(DECODE), min_s=1, steps=3, clock=runner.clock) == [1.0] * 3
+    assert runner.calls == (["prefill"] + ["decode"] * 3) * 2
+
+
+def test_compiling_neither_ends_a_warm_up_nor_counts_in_it() -> None:
+    runner = CompilingRunner({2, 5})
+    seen = warm_up(runner, PREFILL, tokens_of(PREFILL), cap_s=60, steps=3, clock=runner.clock)
+    assert seen.flat
+    assert seen.seconds == [4.0] * 6
+    assert len(runner.calls) == 12
 
 
 def test_a_warm_up_ends_when_times_are_flat() -> None:

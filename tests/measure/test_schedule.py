@@ -30,6 +30,7 @@ class FakeHost:
         self.started: list[str] = []
         self.asked: list[tuple[str, str, dict[str, Any]]] = []
         self.failing: dict[tuple[str, str], int] = {}
+        self.compiled: set[str] = set()
 
     def clock(self) -> float:
         return self.now
@@ -73,9 +74,18 @@ class FakeWorker:
         self.host.now += self.host.import_s + 0.5
         return {"load_s": 0.5, "vocab_size": 64, "max_length": 48, "environment": {"threads": 1}}
 
+    def forget_compiled(self, artifact: Artifact) -> None:
+        self.host.check(self.name, "forget_compiled")
+        self.host.compiled.discard(self.name)
+
     def ask(self, request: str, **fields: Any) -> dict[str, Any]:
         self.host.check(self.name, request)
         self.host.asked.append((self.name, request, fields))
+        if request == "compile":
+            compile_s = 2.0 if self.name in self.host.compiled else 100.0
+            self.host.compiled.add(self.name)
+            self.host.now += compile_s
+            return {"compile_s": compile_s}
         point = fields["point"]
         each = self.host.token_s * (point["prompt"] if point["kind"] == "prefill" else 1)
         if request == "warm_up":
@@ -257,6 +267,43 @@ def test_a_stage_that_shares_files_with_another_is_loaded_cold_while_no_one_maps
     assert host.started[0] == "again"
     first = next(sample for sample in measured.load_samples if sample.stage == "again")
     assert (first.launch, first.cold) == (None, True)
+
+
+def with_compiled(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
+    """The stages and one that is compiled when it is loaded."""
+    source = artifacts["source"]
+    manifest = source.manifest.model_copy(update={"execution": {"compile": {}}})
+    return {**artifacts, "compiled": Artifact(manifest, source.blobs)}
+
+
+def test_compiling_is_a_part_of_loading_cold_and_warm(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    host.compiled.add("compiled")  # an earlier run did so
+    measured = measure(host, with_compiled(artifacts))
+    assert (measured.load["compiled"].cold_s, measured.load["compiled"].warm_s) == (100.5, 2.5)
+    assert measured.load["source"].warm_s == 0.5
+    shapes = {tuple(map(tuple, fields["shapes"])) for _, request, fields in host.asked if request == "compile"}
+    assert shapes == {tuple(sorted({(point.batch, point.prompt) for point in WORKLOAD.points()}))}
+
+
+def test_cold_compiling_takes_nothing_from_the_budget_and_is_told(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    measured = measure(host, with_compiled(artifacts), budget_s=120)
+    plain = measure(FakeHost(), artifacts | {"more": artifacts["export"]}, budget_s=120)
+    assert measured.launches == plain.launches
+    assert measured.wall_s > 100
+    assert [note for note in measured.notes if "100.0 s" in note] == [
+        "compiled: compiling with nothing kept took 100.0 s, which the budget does not count"
+    ]
+
+
+def test_a_stage_that_does_not_compile_is_out_and_the_others_go_on(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    host.fail("compiled", "compile")
+    measured = measure(host, with_compiled(artifacts))
+    assert set(measured.failures) == {"compiled"}
+    assert {sample.stage for sample in measured.samples} == set(NAMES)
 
 
 def test_memory_is_reported_for_each_stage(host: FakeHost, artifacts: dict[str, Artifact]) -> None:

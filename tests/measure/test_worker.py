@@ -82,6 +82,14 @@ def test_a_worker_loads_and_answers(worker: Worker, artifact: Artifact) -> None:
     assert len(worker.ask("block", **block())["seconds"]) >= 1
 
 
+def test_a_runner_that_does_not_compile_has_nothing_to_forget_and_takes_no_time(
+    worker: Worker, artifact: Artifact
+) -> None:
+    worker.forget_compiled(artifact)
+    worker.load(artifact)
+    assert worker.ask("compile", shapes=[[1, 8]]) == {"compile_s": 0.0}
+
+
 def test_affinity_is_that_of_the_spec(tmp_path: Path, artifact: Artifact) -> None:
     cpu = max(os.sched_getaffinity(0))
     with Worker("pinned", ExecutionSpec(affinity=(cpu,)), tmp_path / "log") as worker:

@@ -1,12 +1,14 @@
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
 
 from pipeline.artifact import Artifact
-from pipeline.errors import PipelineError
+from pipeline.errors import HostError, PipelineError
 from pipeline.runtime import ExecutionSpec, load_runner
 from pipeline.runtime.torch import TorchRunner
 
@@ -152,3 +154,169 @@ def test_unchanged_weights_stay_mapped(tmp_path: Path) -> None:
     runner = TorchRunner(artifact, ExecutionSpec())
     runner.prefill(TOKENS[:1, :4])
     assert tree_memory(os.getpid()).memory_bytes - before < 16e6
+
+
+def with_execution(artifact: Artifact, **execution: Any) -> Artifact:
+    changed = {**artifact.manifest.execution, **execution}
+    return Artifact(artifact.manifest.model_copy(update={"execution": changed}), artifact.blobs)
+
+
+def all_logits(runner: TorchRunner, prompt: int) -> np.ndarray:
+    """Logits [B, S, V] of TOKENS: of a prompt as it is scored, then token by token."""
+    scored = list(runner.score(TOKENS[:, :prompt]))
+    last = runner.prefill(TOKENS[:, :prompt])
+    np.testing.assert_allclose(last, scored[-1][:, -1], atol=1e-5)
+    steps = [runner.decode(TOKENS[:, i : i + 1])[:, None] for i in range(prompt, TOKENS.shape[1])]
+    return np.concatenate([*scored, *steps], axis=1)
+
+
+class TestAStaticCache:
+    @pytest.fixture
+    def runner(self, artifact: Artifact) -> TorchRunner:
+        return TorchRunner(with_execution(artifact, cache="static", max_length=24), ExecutionSpec())
+
+    def test_gives_the_logits_of_one_that_grows(self, runner: TorchRunner, expected: np.ndarray) -> None:
+        np.testing.assert_allclose(all_logits(runner, 12), expected, atol=1e-5)
+
+    def test_is_emptied_and_not_allocated_again(self, runner: TorchRunner, expected: np.ndarray) -> None:
+        runner.prefill(TOKENS)
+        places = [layer.keys.data_ptr() for layer in runner._cache.layers]
+        runner.decode(TOKENS[:, :1])
+        runner.prefill(TOKENS[:1])  # another batch has one of its own
+        np.testing.assert_allclose(runner.prefill(TOKENS), expected[:, -1], atol=1e-5)
+        assert [layer.keys.data_ptr() for layer in runner._cache.layers] == places
+
+    def test_holds_as_many_positions_as_the_artifact_says(self, runner: TorchRunner) -> None:
+        assert runner.max_length == 24
+        runner.prefill(TOKENS)
+        assert {layer.keys.shape[2] for layer in runner._cache.layers} == {24}
+        with pytest.raises(PipelineError, match="25 tokens and the model takes at most 24"):
+            runner.prefill(np.zeros((1, 25), int))
+
+    def test_is_never_longer_than_the_model(self, artifact: Artifact) -> None:
+        long = with_execution(artifact, cache="static", max_length=1000)
+        assert TorchRunner(long, ExecutionSpec()).max_length == tiny_models.MAX_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("execution", "message"),
+    [
+        ({"compile": {"mode": "fastest"}}, r"execution block: compile\.mode: Input should be 'default'"),
+        ({"compile": {"speed": 1}}, r"execution block: compile\.speed: Extra inputs"),
+        ({"cache": "paged"}, "execution block: cache"),
+    ],
+)
+def test_an_execution_block_that_the_runner_does_not_know_is_refused(
+    artifact: Artifact, execution: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PipelineError, match=message):
+        TorchRunner(with_execution(artifact, **execution), ExecutionSpec())
+
+
+def test_without_a_compiler_a_compiled_model_does_not_load(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_STORE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(HostError, match="neither g\\+\\+ nor clang"):
+        TorchRunner(with_execution(artifact, compile={}), ExecutionSpec())
+
+
+def test_what_is_not_compiled_has_nothing_to_compile_or_forget(artifact: Artifact, runner: TorchRunner) -> None:
+    runner.compile_shapes(1, 8)
+    assert runner.compilations == 0
+    assert not TorchRunner.forget_compiled(artifact, ExecutionSpec())
+
+
+@pytest.fixture(scope="module")
+def compiled_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def fresh(self, compiled_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Nothing compiled in this process; what earlier tests left on disk stays, as it does between processes."""
+        import torch
+
+        monkeypatch.setenv("PIPELINE_STORE", str(compiled_store))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_store))  # the runner sets it: put back afterwards
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.fixture
+    def static(self, artifact: Artifact) -> Artifact:
+        return with_execution(artifact, compile={"fullgraph": True}, cache="static", max_length=32)
+
+    def test_gives_the_logits_of_the_uncompiled_model(self, static: Artifact, expected: np.ndarray) -> None:
+        runner = TorchRunner(static, ExecutionSpec())
+        np.testing.assert_allclose(all_logits(runner, 12), expected, atol=1e-5)
+        np.testing.assert_allclose(all_logits(runner, 15), expected, atol=1e-5)  # the cache used again
+
+    def test_prompts_of_all_lengths_share_one_graph_and_single_tokens_another(self, static: Artifact) -> None:
+        runner = TorchRunner(static, ExecutionSpec())
+        before = runner.compilations
+        runner.compile_shapes(1, 8)
+        assert runner.compilations == before + 2
+        for length in (8, 2, 13, 19):
+            list(runner.score(TOKENS[:1, :length]))
+            runner.prefill(TOKENS[:1, :length])
+            for position in range(6):
+                runner.decode(TOKENS[:1, position : position + 1])
+        assert runner.compilations == before + 2
+
+    def test_a_cache_that_grows_is_not_compiled_for_every_length(
+        self, artifact: Artifact, expected: np.ndarray
+    ) -> None:
+        runner = TorchRunner(with_execution(artifact, compile={}), ExecutionSpec())
+        before = runner.compilations
+        runner.compile_shapes(2, 8)
+        compiled = runner.compilations
+        assert compiled - before <= 3
+        np.testing.assert_allclose(all_logits(runner, 12), expected, atol=1e-5)
+        np.testing.assert_allclose(all_logits(runner, 4), expected, atol=1e-5)
+        assert runner.compilations == compiled
+
+    def test_a_second_load_takes_the_kernels_of_the_first_until_they_are_forgotten(self, static: Artifact) -> None:
+        import torch
+        from torch._dynamo.utils import counters
+
+        def misses() -> int:
+            torch._dynamo.reset()
+            counters.clear()
+            TorchRunner(static, ExecutionSpec()).compile_shapes(1, 8)
+            return int(counters["inductor"]["fxgraph_cache_miss"])
+
+        TorchRunner.forget_compiled(static, ExecutionSpec())
+        assert misses() == 2
+        assert misses() == 0
+        assert TorchRunner.forget_compiled(static, ExecutionSpec())
+        assert misses() == 2
+
+    def test_shapes_beyond_the_limit_are_an_error_and_never_run_uncompiled(
+        self, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.runtime.torch.RECOMPILE_LIMIT", 1)
+        runner = TorchRunner(with_execution(artifact, compile={"dynamic": False}, cache="static"), ExecutionSpec())
+        runner.prefill(TOKENS)
+        with pytest.raises(PipelineError, match=r"cannot compile the model for tokens \[2, 19\]"):
+            runner.prefill(TOKENS[:, :19])
+
+    def test_bfloat16_is_computed_in_bfloat16(self, static: Artifact, expected: np.ndarray) -> None:
+        runner = TorchRunner(with_execution(static, dtype="bfloat16"), ExecutionSpec())
+        half = runner.prefill(TOKENS)
+        assert runner.dtype == "bfloat16"
+        assert not np.allclose(half, expected[:, -1], atol=1e-5)
+        np.testing.assert_allclose(half, expected[:, -1], atol=0.5)
+
+    def test_runs_on_a_gpu(self, static: Artifact, expected: np.ndarray) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")
+        runner = TorchRunner(static, ExecutionSpec(device="cuda"))
+        np.testing.assert_allclose(all_logits(runner, 12), expected, atol=1e-3)

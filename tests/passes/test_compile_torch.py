@@ -1,0 +1,139 @@
+"""compile_torch: what it writes into the artifact, what it refuses, and that what is compiled computes the same."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from passes.compile import compile_torch
+from passes.compile.compile_torch import CompileTorch, static_length
+from pipeline import Artifact, PipelineError
+from pipeline.measure.effect import compare_artifacts
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+
+
+class TestTheArtifact:
+    def test_differs_in_how_it_is_executed_and_in_nothing_else(self, bench, llama):
+        made = bench.run(CompileTorch, llama, verify=False)
+        assert made.manifest.execution == {
+            **llama.manifest.execution,
+            "compile": {"mode": "default", "dynamic": None, "fullgraph": False},
+            "cache": "static",
+            "max_length": 64,
+        }
+        assert made.manifest.components == llama.manifest.components
+        assert bench.written[made.digest] == []
+        assert compare_artifacts(llama, made).kind == "execution"
+
+    def test_says_how_long_a_sequence_its_cache_takes(self, bench, llama):
+        assert bench.run(CompileTorch, llama, verify=False, max_length=40).interface.max_length == 40
+
+    def test_with_a_growing_cache_takes_what_the_model_takes(self, bench, llama):
+        short = bench.run(CompileTorch, llama, verify=False, max_length=40)
+        made = bench.run(CompileTorch, llama, verify=False, cache="dynamic")
+        assert made.interface.max_length == llama.interface.max_length
+        assert "max_length" not in made.manifest.execution
+        assert "max_length" in short.manifest.execution
+
+    def test_keeps_what_else_was_said_of_its_execution(self, bench, llama):
+        execution = {**llama.manifest.execution, "trust_remote_code": False}
+        before = Artifact(llama.manifest.model_copy(update={"execution": execution}), llama.blobs)
+        made = bench.run(CompileTorch, before, verify=False, dtype="float32", mode="max-autotune-no-cudagraphs")
+        assert made.manifest.execution["trust_remote_code"] is False
+        assert made.manifest.execution["dtype"] == "float32"
+        assert made.manifest.execution["compile"]["mode"] == "max-autotune-no-cudagraphs"
+
+
+class TestParameters:
+    @pytest.mark.parametrize(
+        ("params", "message"),
+        [
+            ({"cache": "dynamic", "max_length": 64}, "max_length is the size of a static cache"),
+            ({"cache": "dynamic", "dynamic": False}, "would compile every token anew; use `cache: static`"),
+            ({"cache": "dynamic", "mode": "reduce-overhead"}, "records CUDA graphs, whose shapes are fixed"),
+            ({"cache": "dynamic", "mode": "max-autotune"}, "it needs `cache: static`"),
+            ({"mode": "fast"}, "'default', 'reduce-overhead', 'max-autotune'"),
+            ({"max_length": 1}, "greater than or equal to 2"),
+        ],
+    )
+    def test_that_exclude_each_other_are_refused_before_anything_runs(self, params, message):
+        with pytest.raises(ValidationError, match=message):
+            CompileTorch.Params(**params)
+
+    def test_ask_for_a_compiler(self):
+        assert CompileTorch.requirements(CompileTorch.Params()).programs == ("g++|clang++",)
+
+    def test_more_positions_than_the_model_has_are_refused(self, bench, llama):
+        with pytest.raises(PipelineError, match="max_length is 100 and the model has 64 positions"):
+            bench.run(CompileTorch, llama, verify=False, max_length=100)
+
+    @pytest.mark.parametrize(
+        ("wanted", "longest", "length"),
+        [(None, 64, 64), (None, 131072, 1024), (None, None, 1024), (4096, 131072, 4096)],
+    )
+    def test_a_static_cache_has_the_models_length_unless_that_is_very_long(self, wanted, longest, length):
+        assert static_length(wanted, longest) == length
+
+    def test_cuda_graphs_on_a_cpu_are_said_to_do_nothing(self, bench, llama, caplog):
+        bench.run(CompileTorch, llama, verify=False, mode="reduce-overhead")
+        assert "on a CPU, mode reduce-overhead does what it would do without CUDA graphs" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def compiled_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@needs_compiler
+@pytest.mark.slow
+class TestVerification:
+    @pytest.fixture(autouse=True)
+    def fresh(self, compiled_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        import torch
+
+        monkeypatch.setenv("PIPELINE_STORE", str(compiled_store))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_store))  # the runner sets it: put back afterwards
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("params", [{}, {"dtype": "float32", "fullgraph": True}])
+    def test_compiles_and_compares_and_leaves_the_kernels_for_the_measurement(
+        self, bench, llama, compiled_store, caplog, params: dict[str, Any]
+    ):
+        caplog.set_level(logging.INFO)
+        bench.run(CompileTorch, llama, **params)
+        assert "2 graphs compiled, 0 graph breaks" in caplog.text
+        for phase in ("prefill", "decode", "score"):
+            assert f"{phase}: largest error" in caplog.text
+        assert len(list(compiled_store.glob("compiled/*/*/*.so"))) > 0
+
+    def test_refuses_a_model_that_computes_something_else(self, bench, llama, monkeypatch):
+        monkeypatch.setitem(compile_torch.TOLERANCES, "bfloat16", 1e-9)
+        with pytest.raises(PipelineError, match=r"differs from the uncompiled one in its prefill logits by 0\.\d+"):
+            bench.run(CompileTorch, llama)
+
+    def test_tells_where_torch_left_the_graph_and_fullgraph_refuses_it(self, bench, llama, monkeypatch, caplog):
+        import torch
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        forward = LlamaMLP.forward
+
+        def broken(self: Any, x: Any) -> Any:
+            torch._dynamo.graph_break()
+            return forward(self, x)
+
+        monkeypatch.setattr(LlamaMLP, "forward", broken)
+        caplog.set_level(logging.INFO)
+        bench.run(CompileTorch, llama)
+        assert "graph break, " in caplog.text
+        with pytest.raises(PipelineError, match="torch cannot compile the model for tokens") as caught:
+            bench.run(CompileTorch, llama, fullgraph=True)
+        assert "fullgraph: false" in str(caught.value)
