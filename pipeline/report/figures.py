@@ -84,6 +84,8 @@ def finer_digits(ratio: float) -> int:
 
 def floor_share(low: float, high: float) -> float:
     """The noise floor as one share: the larger of its two ends' distances from 1, as the verdicts take it."""
+    if low <= 0 or not math.isfinite(high):  # rounds so wild that their interval has no end
+        return math.inf
     return math.expm1(max(abs(math.log(low)), abs(math.log(high))))
 
 

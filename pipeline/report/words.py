@@ -315,7 +315,9 @@ def _fastest(report: Report, kind: str) -> str:
             return f"No faster {kind}{at}: {names} {be} {words[entered[0][0].verdict]} {report.baseline}."
         return f"No stage was shown to be faster than {report.baseline} in {kind}{at}."
     ratio, point, best = winners[0]
-    tied = [s.name for r, _, s in winners[1:] if r.high >= ratio.low and not _decided(point, best, s)]
+    # one whose own verdict is inconclusive may be faster still
+    others = sorted((e for e in entered if e[2].name != best.name), key=lambda e: -e[0].ratio)
+    tied = [s.name for r, _, s in others if r.high >= ratio.low and not _decided(point, best, s)]
     line = f"Fastest {kind}{at}: {best.name}, {times(ratio.ratio)} {report.baseline} "
     line += f"({times_interval(ratio.ratio, ratio)})"
     if (cost := _price(best, report)) and kind == "decode":

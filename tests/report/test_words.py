@@ -181,6 +181,16 @@ def test_a_winner_whose_interval_overlaps_another_is_told_with_it(report: Report
     assert any("export_onnx, 2.53 × source" in li and "twin cannot be told from it" in li for li in lines)
 
 
+def test_one_that_is_inconclusive_but_may_be_faster_still_is_told_with_the_winner(report: Report) -> None:
+    first = report.stage("export_onnx")
+    assert first.speed is not None
+    wild = Ratio(ratio=9.0, low=0.5, high=60.0, verdict="inconclusive")
+    point = first.speed[1].model_copy(update={"vs_baseline": wild, "vs_parent": None})
+    other = first.model_copy(update={"name": "wild", "speed": (point,)})
+    lines = headline(report.model_copy(update={"stages": (*report.stages, other)}))
+    assert any("export_onnx, 2.53 × source" in li and "wild cannot be told from it" in li for li in lines)
+
+
 def test_a_winner_that_beat_its_parent_directly_is_the_only_one(report: Report) -> None:
     first = report.stage("export_onnx")
     assert first.speed is not None
