@@ -277,6 +277,7 @@ class Store:
         if self._lease is not None:  # a part of something larger that has one
             yield
             return
+        self.sweep_staging()
         with open_lease(self.root, folder) as lease:
             self._lease = lease
             try:
