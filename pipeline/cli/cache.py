@@ -67,11 +67,11 @@ def list_verb(json: JsonOption = False) -> None:
     output = console()
     output.print(table)
     output.print(
-        f"{len(listing.stages)} stages; the store takes {megabytes(listing.total_bytes)} in {escape(listing.folder)}",
+        f"stages: {len(listing.stages)}; the store takes {megabytes(listing.total_bytes)} in {escape(listing.folder)}",
         soft_wrap=True,
     )
     if listing.damaged:
-        output.print(f"{listing.damaged} more are missing or damaged; `pipeline cache verify` names them")
+        output.print(f"missing or damaged, not shown: {listing.damaged}; `pipeline cache verify` names them")
 
 
 @app.command("show")
@@ -188,7 +188,7 @@ def _print_verification(found: Verification, *, delete: bool) -> None:
     elif delete:
         typer.echo(f"deleted {found.deleted} files of the store; the next run makes them again")
     else:
-        typer.echo(f"{len(found.damages)} damaged; the next run that needs one makes it again; --delete removes them")
+        typer.echo(f"damaged: {len(found.damages)}; the next run that needs one makes it again; --delete removes them")
 
 
 def _print_collection(done: Collection) -> None:
@@ -196,13 +196,13 @@ def _print_collection(done: Collection) -> None:
 
     would = "would remove" if done.dry_run else "removed"
     for part in done.removed:
-        typer.echo(f"{would} {part.count} {part.kind}" + (f", {megabytes(part.bytes)}" if part.bytes else ""))
+        typer.echo(f"{would} {part.kind}: {part.count}" + (f", {megabytes(part.bytes)}" if part.bytes else ""))
         for name in part.names[:NAMES_SHOWN]:
             typer.echo(f"  {name}")
         if len(part.names) > NAMES_SHOWN:
             typer.echo(f"  and {len(part.names) - NAMES_SHOWN} more")
     reasons = ", ".join(f"{count} for {why}" for why, count in done.kept_for.items())
-    kept = f"kept {done.kept_artifacts} artifacts" + (f" ({reasons})" if reasons else "")
+    kept = f"kept artifacts: {done.kept_artifacts}" + (f" ({reasons})" if reasons else "")
     typer.echo(f"{would} {megabytes(done.freed_bytes)} in all; {kept}")
 
 

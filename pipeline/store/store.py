@@ -140,7 +140,7 @@ class Store:
         for name, entry in manifest.entries():
             if entry.path is None:
                 if fault := self._blob_fault(entry):
-                    return f"the blob of {name} {fault}"
+                    return f"the blob of {name.replace(entry.digest, entry.digest[:12])} {fault}"
                 continue
             found = self._find_reference(entry)
             if found is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_path_prints_the_folder(cli: Cli, store: Store) -> None:
 def test_an_empty_store_is_listed_verified_and_collected(cli: Cli) -> None:
     assert rows(cli) == {}
     assert "nothing is damaged" in cli("cache", "verify")[1]
-    assert "kept 0 artifacts" in cli("cache", "gc")[1]
+    assert "kept artifacts: 0" in cli("cache", "gc")[1]
 
 
 @pytest.mark.usefixtures("filled")
@@ -77,7 +78,7 @@ def test_stages_are_listed_with_what_would_be_freed_and_the_total(cli: Cli, stor
     assert listing["total_bytes"] == sum(p.stat().st_size for p in store.root.rglob("*") if p.is_file())
     out = cli("cache", "list")[1]
     assert "mark" in out
-    assert f"3 stages; the store takes 0.0 MB in {store.root}" in out
+    assert f"stages: 3; the store takes 0.0 MB in {store.root}" in out
 
 
 @pytest.mark.usefixtures("filled")
@@ -108,7 +109,7 @@ def test_an_unknown_artifact_ends_with_2_and_the_nearest_name(cli: Cli) -> None:
 def test_a_damaged_artifact_is_shown_as_such(cli: Cli, store: Store) -> None:
     blob(store).unlink()
     assert "DAMAGED: the blob of note.txt is missing" in cli("cache", "show", "r/write")[1]
-    assert "1 more are missing or damaged" in cli("cache", "list")[1]
+    assert "missing or damaged, not shown: 1" in cli("cache", "list")[1]
 
 
 def test_verify_finds_an_edit_that_kept_size_and_time_and_the_next_run_mends_it(
@@ -182,12 +183,12 @@ def test_a_changed_checkpoint_is_told_and_never_deleted(cli: Cli, tmp_path: Path
 
 def test_gc_keeps_what_a_runs_folder_needs_and_removes_it_with_the_folder(cli: Cli, filled: Path, store: Store) -> None:
     out = cli("cache", "gc")[1]
-    assert "kept 3 artifacts (3 for runs)" in out
+    assert "kept artifacts: 3 (3 for runs)" in out
     assert {status for status, _ in statuses(cli, filled).values()} == {"cached"}
     shutil.rmtree("runs")
     before = sorted(p for p in store.root.rglob("*") if p.is_file() and "locks" not in p.parts)
     out = cli("cache", "gc", "--dry-run")[1]
-    assert "would remove 3 artifacts" in out
+    assert "would remove artifacts: 3" in out
     assert "  r/write" in out
     assert before == sorted(p for p in store.root.rglob("*") if p.is_file() and "locks" not in p.parts)
     freed = json.loads(cli("cache", "gc", "--json")[1])
@@ -214,7 +215,7 @@ def test_gc_touches_no_file_outside_the_store(cli: Cli, filled: Path, checkpoint
 def test_a_pinned_artifact_stays_until_it_is_unpinned(cli: Cli) -> None:
     shutil.rmtree("runs")
     assert cli("cache", "pin", "r/write", "--note", "for the talk")[0] == 0
-    assert "kept 1 artifacts (1 for pins)" in cli("cache", "gc")[1]
+    assert "kept artifacts: 1 (1 for pins)" in cli("cache", "gc")[1]
     assert set(rows(cli)) == {"write"}
     assert "pinned: for the talk" in cli("cache", "show", "r/write")[1]
     assert " pinned" in cli("cache", "list")[1]
@@ -230,7 +231,7 @@ def test_what_was_used_lately_stays_where_only_old_things_may_go(cli: Cli, store
     write = rows(cli)["write"]
     for room, name in (("stages", write["key"]), ("artifacts", write["artifact"])):
         os.utime(store.place(room, str(name)), (0, 0))
-    assert "kept 2 artifacts (2 for used lately)" in cli("cache", "gc", "--older-than", "1")[1]
+    assert "kept artifacts: 2 (2 for used lately)" in cli("cache", "gc", "--older-than", "1")[1]
     assert set(rows(cli)) == {"source", "mark"}
 
 
@@ -262,7 +263,7 @@ with store.lease(Path({str(hidden)!r})), store.staging() as staging, store.lock(
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     try:
-        assert "kept 1 artifacts (1 for running processes)" in cli("cache", "gc")[1]
+        assert "kept artifacts: 1 (1 for running processes)" in cli("cache", "gc")[1]
         assert set(rows(cli)) == {"mark"}
         assert hidden.is_dir()
         assert len([p for p in (store.root / "tmp").iterdir() if p.is_dir()]) == 1
@@ -271,8 +272,8 @@ with store.lease(Path({str(hidden)!r})), store.staging() as staging, store.lock(
         process.kill()
         process.wait()
     out = cli("cache", "gc")[1]
-    assert f"removed 1 unfinished runs\n  {hidden}" in out
-    assert "removed 1 unfinished work" in out
+    assert f"removed unfinished runs: 1\n  {hidden}" in out
+    assert "removed unfinished work: 1" in out
     assert not hidden.exists()
     assert list((store.root / "tmp").iterdir()) == []
     assert not (store.root / "locks" / "k.lock").exists()
@@ -299,3 +300,13 @@ def test_results_that_nobody_asked_for_in_long_go_and_recent_ones_stay(cli: Cli,
     cli("cache", "gc")
     assert store.measurement("a" * 64) == {"x": 1}
     assert store.measurement("b" * 64) is None
+
+
+def test_the_page_on_the_store_names_only_options_that_there_are(cli: Cli) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cache.md").read_text()
+    verbs = set(re.findall(r"pipeline cache ([a-z]+)", page))
+    helps = {verb: cli("cache", verb, "--help") for verb in verbs}
+    assert {code for code, _, _ in helps.values()} == {0}
+    known = {option for _, out, _ in helps.values() for option in re.findall(r"--[a-z-]+", out)}
+    assert set(re.findall(r"--[a-z-]+", page)) - {"--set", "--force", "--no-measure"} <= known
+    assert verbs == {"path", "list", "show", "verify", "gc", "pin", "unpin"}
