@@ -86,12 +86,12 @@ def require_compiler() -> None:
 
 def prepare_toolchain() -> None:
     """Import torch's compiler and find out what the C++ compiler can do. Compiles a few lines, once a machine."""
+    os.environ["TORCH_WARM_POOL"] = "0"  # no pool of processes beside the one that is measured
     import_module("torch._inductor.compile_fx")
     from torch._inductor import codecache, config, cpu_vec_isa
 
     require_compiler()
     folder = private_folder(compile_cache_root() / TOOLCHAIN)
-    config.compile_threads = 1  # no pool of processes beside the one that is measured
     if not os.environ.get("CXX") and not shutil.which("g++"):
         config.cpp.cxx = (None, "clang++")
     # the precompiled header, which halves the time of compiling, has a fixed place in the folder for temporary files
@@ -104,10 +104,19 @@ def prepare_toolchain() -> None:
     cpu_vec_isa.pick_vec_isa()  # remembered by this process
 
 
-def use(folder: Path) -> None:
+def use(folder: Path, *, device: str, threads: int) -> None:
     """Have this process keep what it compiles in the folder, and take from there what is compiled already.
 
     Raises: PipelineError where others may write to it; HostError where there is no C++ compiler.
     """
     prepare_toolchain()
+    from torch._inductor import config
+
+    if device == "cpu":
+        # the residual stream is written out after each layer, and not summed anew from all before:
+        # the layers have the same kernels then, and there is half as much to compile
+        config.realize_reads_threshold = 1
+        config.compile_threads = threads  # C++ is compiled from threads; other kernels would be from processes
+    else:
+        config.compile_threads = 1
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(folder))

@@ -96,7 +96,8 @@ class TorchRunner:
         execution = Execution.of(artifact)
         self._compilation = execution.compilation
         if self._compilation is not None:
-            compile_cache.use(compile_cache.artifact_cache(artifact, threads=spec.threads, version=self.version))
+            folder = compile_cache.artifact_cache(artifact, threads=spec.threads, version=self.version)
+            compile_cache.use(folder, device=spec.device, threads=spec.threads)
         self._model = _load(artifact).eval().requires_grad_(False).to(spec.device)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         config = self._model.config.get_text_config()
