@@ -68,6 +68,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="memory-") as work:
         folder = options.report or run_recipe(options.recipe, options.overrides, Path(work))
         path = folder / "report.json" if folder.is_dir() else folder
+        if not path.is_file():
+            sys.exit(f"there is no report at {path}: give a run's folder, such as runs/NAME/latest")
         report = json.loads(path.read_text(encoding="utf-8"))
     table = Table("stage", "to")
     for column in ("estimated", "measured", "ratio"):
