@@ -89,7 +89,7 @@ class Evaluation:
                 logs=self._logs(),
                 notes=(note,),
             )
-        spec = ExecutionSpec(threads=self.plan.threads)
+        spec = ExecutionSpec(device=self.plan.hardware.device, threads=self.plan.threads)
         stages = [
             StageToMeasure(name, artifact, spec)
             for name, artifact in self.artifacts.items()
@@ -181,6 +181,7 @@ class Evaluation:
                     "text": scored_text,
                     "workload": workload.model_dump(),
                     "host": self.plan.host.facets(),
+                    "device": self.plan.hardware.device,
                     "threads": self.plan.threads,
                 }
             )

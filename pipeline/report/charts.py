@@ -273,4 +273,4 @@ def _tick_label(value: float, style: str) -> str:
     if style.startswith("step"):
         digits = max(0, -math.floor(math.log10(float(style.removeprefix("step ")))))
         return f"{value:,.{digits}f}"
-    return f"{value:,.0f}" if value >= 1 or value == 0 else f"{value:g}"
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.4g}"
