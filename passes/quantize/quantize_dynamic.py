@@ -67,7 +67,7 @@ class QuantizeDynamic(Pass):
         """
         kinds = ("linear",) if params.head == "keep" else ("linear", "head")
         return Prediction(
-            model=model.with_weights(kinds, params.weight_type, 1.0), conversion_bytes=76 * 10**6 + 5 * model.largest
+            model=model.with_weights(kinds, params.weight_type, 1.0), conversion_bytes=76 * 10**6 + 2 * model.largest
         )
 
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
