@@ -23,6 +23,9 @@ from pipeline.hardware.host import describe_host
 from pipeline.store.store import default_store_path
 
 COMPILERS = ("g++", "clang++")
+MOST_COMPILERS = 2
+"""C++ compilers at work at once."""
+
 TOOLCHAIN = "toolchain"
 
 
@@ -116,7 +119,8 @@ def use(folder: Path, *, device: str, threads: int) -> None:
         # the residual stream is written out after each layer, and not summed anew from all before:
         # the layers have the same kernels then, and there is half as much to compile
         config.realize_reads_threshold = 1
-        config.compile_threads = threads  # C++ is compiled from threads; other kernels would be from processes
+        # C++ is compiled from threads, other kernels would be from processes; each compiler takes some 250 MB
+        config.compile_threads = min(threads, MOST_COMPILERS)
     else:
         config.compile_threads = 1
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(folder))

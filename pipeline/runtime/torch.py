@@ -170,7 +170,7 @@ class TorchRunner:
         if self._compilation is None:
             return
         self.prefill(np.zeros((batch, prompt), np.int64))
-        for _ in range(min(2, self.max_length - prompt)):  # with a growing cache, the second is compiled again
+        for _ in range(min(2, self.max_length - prompt)):  # whatever the second finds that the first did not
             self.decode(np.zeros((batch, 1), np.int64))
         self.reset()
 
@@ -262,8 +262,11 @@ class TorchRunner:
             torch._dynamo.maybe_mark_dynamic(ids, 1)
         if not self._static_cache:
             for layer in self._cache.layers:
-                for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-                    if tensor is not None and tensor.dim() == 4:
+                for name in ("keys", "values"):
+                    tensor = getattr(layer, name, None)
+                    if tensor is not None and tensor.dim() == 4:  # [B, H, T, D]
+                        tensor = _in_order(tensor)
+                        setattr(layer, name, tensor)
                         torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
 
@@ -276,6 +279,17 @@ def _compile(model: Any, how: Compilation) -> tuple[type[Exception], ...]:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     model.base_model.compile(mode=how.mode, dynamic=how.dynamic, fullgraph=how.fullgraph)
     return TorchDynamoException, FailOnRecompileLimitHit
+
+
+def _in_order(tensor: Any) -> Any:
+    """The tensor with the strides of its shape: what a prompt leaves is transposed, what a token appends to is not.
+
+    Torch would compile the first token after a prompt by itself.
+    """
+    import torch
+
+    strides = tuple(prod(tensor.shape[i + 1 :]) for i in range(tensor.dim()))
+    return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _load(artifact: Artifact) -> Any:
