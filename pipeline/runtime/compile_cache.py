@@ -89,12 +89,13 @@ def require_compiler() -> None:
 
 def prepare_toolchain() -> None:
     """Import torch's compiler and find out what the C++ compiler can do. Compiles a few lines, once a machine."""
+    require_compiler()
+    folder = private_folder(compile_cache_root() / TOOLCHAIN)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # before the import, which would make one elsewhere
     os.environ["TORCH_WARM_POOL"] = "0"  # no pool of processes beside the one that is measured
     import_module("torch._inductor.compile_fx")
     from torch._inductor import codecache, config, cpu_vec_isa
 
-    require_compiler()
-    folder = private_folder(compile_cache_root() / TOOLCHAIN)
     if not os.environ.get("CXX") and not shutil.which("g++"):
         config.cpp.cxx = (None, "clang++")
     # the precompiled header, which halves the time of compiling, has a fixed place in the folder for temporary files
@@ -103,7 +104,6 @@ def prepare_toolchain() -> None:
         codecache._HEADER_LOCK_DIR = str(folder / "headers" / "locks")
     else:
         config.cpp_cache_precompile_headers = False
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     cpu_vec_isa.pick_vec_isa()  # remembered by this process
 
 

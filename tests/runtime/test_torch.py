@@ -1,4 +1,7 @@
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -296,6 +299,35 @@ class TestCompiled:
         assert misses() == 0
         assert TorchRunner.forget_compiled(static, ExecutionSpec())
         assert misses() == 2
+
+    def test_a_process_that_compiles_writes_nowhere_but_in_the_store(
+        self, static: Artifact, tmp_path: Path, compiled_store: Path
+    ) -> None:
+        code = (
+            "import sys, pathlib\n"
+            "from pipeline.artifact import Artifact, Manifest\n"
+            "from pipeline.runtime import ExecutionSpec, load_runner\n"
+            "manifest = Manifest.model_validate_json(sys.stdin.read())\n"
+            f"runner = load_runner(Artifact(manifest, pathlib.Path({str(static.blobs)!r})), ExecutionSpec())\n"
+            "runner.compile_shapes(1, 8)\n"
+            "import psutil; print(len(psutil.Process().children()))"
+        )
+        places = {name: str(tmp_path / name) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+        for place in places.values():
+            Path(place).mkdir()
+        environment = {**os.environ, **places, "PIPELINE_STORE": str(compiled_store)}
+        del environment["TORCHINDUCTOR_CACHE_DIR"]
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            input=static.manifest.model_dump_json(),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == ["0"]  # and no process of its own is left
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        assert list((tmp_path / "TMPDIR").iterdir()) == []
 
     def test_shapes_beyond_the_limit_are_an_error_and_never_run_uncompiled(
         self, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
