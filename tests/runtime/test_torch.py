@@ -303,6 +303,7 @@ class TestCompiled:
     def test_a_process_that_compiles_writes_nowhere_but_in_the_store(
         self, static: Artifact, tmp_path: Path, compiled_store: Path
     ) -> None:
+        TorchRunner.forget_compiled(static, ExecutionSpec())
         code = (
             "import sys, pathlib\n"
             "from pipeline.artifact import Artifact, Manifest\n"
