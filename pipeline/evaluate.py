@@ -111,16 +111,18 @@ class Evaluation:
                 logs=self._logs(),
                 notes=(note,),
             )
-        quality = self._quality(stages, text_digest, known_only=not speed)
-        notes = list(quality.notes)
+        notes: list[str] = []
         timed = None
-        if not speed:
-            notes.append("speed, load time and memory were not measured (--no-measure)")
-        elif baseline not in quality.failures:
-            timed = self._speed([s for s in stages if s.name not in quality.failures])
+        if speed:  # before quality: what a cold load compiles is there when the same model is scored
+            timed = self._speed(stages)
             failures |= timed.failures
-            unloadable |= set(timed.unloadable) - quality.stages.keys()  # what was scored did load
             notes += timed.notes
+        else:
+            notes.append("speed, load time and memory were not measured (--no-measure)")
+        lost = set(timed.unloadable) if timed else set()
+        quality = self._quality(stages, text_digest, lost=lost, known_only=not speed or baseline in failures)
+        notes += quality.notes
+        unloadable |= lost - quality.stages.keys()  # what was scored once did load
         failures |= quality.failures
         unloadable |= quality.unloadable
         if quality.problem is not None:
@@ -162,8 +164,10 @@ class Evaluation:
             self.store.put_measurement(key, found[name].model_dump(mode="json"))
         return found, failures
 
-    def _quality(self, stages: list[StageToMeasure], text_digest: str, *, known_only: bool) -> _Quality:
-        """Only stages that the store does not know are scored, beside the baseline."""
+    def _quality(
+        self, stages: list[StageToMeasure], text_digest: str, *, lost: Set[str], known_only: bool
+    ) -> _Quality:
+        """Only stages that the store does not know are scored, beside the baseline; those that are lost are not."""
         wanted = self.recipe.evaluate.quality
         asked_for = QualityWorkload(window=wanted.window, stride=wanted.stride, tokens=wanted.tokens)
         workload, notes = fit_windows(asked_for, [stage.artifact for stage in stages])
@@ -188,7 +192,7 @@ class Evaluation:
 
         found = {s.name: _remembered(StageQuality, self.store, key(s)) for s in stages}
         known = {name: quality for name, quality in found.items() if quality is not None}
-        unknown = [s for s in stages if s.name not in known]
+        unknown = [s for s in stages if s.name not in known and s.name not in lost]
         if known_only or not unknown:
             return _Quality(stages=known, notes=notes)
         scored = unknown if baseline in unknown else [baseline, *unknown]
