@@ -90,6 +90,7 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="overhead-"))
     try:
         environment = {**os.environ, "PIPELINE_STORE": str(work / "store")}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # Python keeps compiled modules unless it is told not to
         first = ["run", RECIPE] if options.cold else ["run", RECIPE, "--no-measure"]
         took, peak = seconds_and_bytes(first, environment, work)
         if options.cold:

@@ -164,9 +164,7 @@ class Evaluation:
             self.store.put_measurement(key, found[name].model_dump(mode="json"))
         return found, failures
 
-    def _quality(
-        self, stages: list[StageToMeasure], text_digest: str, *, lost: Set[str], known_only: bool
-    ) -> _Quality:
+    def _quality(self, stages: list[StageToMeasure], text_digest: str, *, lost: Set[str], known_only: bool) -> _Quality:
         """Only stages that the store does not know are scored, beside the baseline; those that are lost are not."""
         wanted = self.recipe.evaluate.quality
         asked_for = QualityWorkload(window=wanted.window, stride=wanted.stride, tokens=wanted.tokens)

@@ -526,6 +526,7 @@ def facet_value(name: str, recipe: Recipe, profile: HardwareProfile, host: Host)
     raise PipelineError(f"there is no context facet {name!r}", hint=f"facets: {', '.join(FACETS)}")
 
 
+@cache
 def _library_version(name: str) -> str:
     try:
         return version(name)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import logging
+import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -249,9 +250,13 @@ def _source_of(module: str) -> Path | None:
     return None
 
 
+@cache
 def _imports_within(source: bytes, module: str, package: str, *, is_package: bool) -> list[str]:
+    mentioned = rb"\b(?:from\s+\.|(?:from|import)\b[^\n]*\b" + re.escape(package.encode()) + rb"\b)"
+    if re.search(mentioned, source) is None:  # parsing is slow, and most modules import none of their own package
+        return []
     found: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in _statements(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -261,3 +266,11 @@ def _imports_within(source: bytes, module: str, package: str, *, is_package: boo
                 base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
             found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return [name for name in found if name == package or name.startswith(package + ".")]
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every statement below `node`. Imports are statements: to look into expressions would take five times as long."""
+    for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for inner in getattr(node, part, ()):
+            yield inner
+            yield from _statements(inner)

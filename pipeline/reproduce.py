@@ -24,7 +24,8 @@ from pipeline.report.build import installed_packages
 from pipeline.report.figures import megabytes
 from pipeline.report.folder import find_run, read_report
 from pipeline.report.schema import Report, StageReport
-from pipeline.run import RunResult, evaluation_text_of, plan_recipe, run
+from pipeline.resolve import evaluation_text_of, plan_recipe
+from pipeline.run import RunResult, run
 from pipeline.store import Store
 from pipeline.why import differing
 

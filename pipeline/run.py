@@ -12,20 +12,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.artifact import Artifact
-from pipeline.errors import HostError, RecipeError
+from pipeline.errors import HostError
 from pipeline.evaluate import Evaluation, Measured
 from pipeline.events import Events
 from pipeline.execute import StageResult, execute
-from pipeline.hardware import HardwareProfile, Host, describe_host, load_profile
-from pipeline.hardware.probe import probe_folder
-from pipeline.models import Source, evaluation_text, find_source
-from pipeline.plan import Plan, make_plan, select_stages
-from pipeline.plugin import Registry
+from pipeline.hardware import describe_host
+from pipeline.plan import Plan
 from pipeline.recipe import Recipe
 from pipeline.recipe.parsing import to_yaml
 from pipeline.report.build import build_report
 from pipeline.report.folder import LATEST, write_report
 from pipeline.report.schema import Report
+from pipeline.resolve import evaluation_text_of, resolve, source_of
 from pipeline.store import Store, default_store_path
 from pipeline.store.folder import materialize
 from pipeline.store.roots import register_run
@@ -38,25 +36,6 @@ class RunResult:
     report: Report
     folder: Path
     exit_code: int
-
-
-def plan_recipe(
-    recipe: Recipe,
-    *,
-    store: Store | None = None,
-    until: str | None = None,
-    only: str | None = None,
-    force: bool = False,
-) -> Plan:
-    """What `run` would do, without doing it.
-
-    Raises: RecipeError for what is wrong in the recipe; HostError where its model cannot be had here.
-    """
-    host = describe_host()
-    store = store or Store(default_store_path())
-    source = _source(recipe, download=False)
-    evaluation_text_of(recipe)
-    return _plan(recipe, source, store, host, until=until, only=only, force=force)
 
 
 def run(
@@ -80,9 +59,9 @@ def run(
     events = events or Events()
     host = describe_host()
     store = store or Store(default_store_path())
-    source = _source(recipe, download=True)
+    source = source_of(recipe, download=True)
     text = evaluation_text_of(recipe)
-    plan = _plan(recipe, source, store, host, until=until, only=only, force=force)
+    plan = resolve(recipe, source, store, host, until=until, only=only, force=force)
     plan.require_runnable()
     events.plan_made(plan)
     home = _RunFolder(runs, recipe.name)
@@ -143,71 +122,6 @@ def exit_code(recipe: Recipe, report: Report) -> int:
     allowed = {stage.name for stage in recipe.stages if stage.allow_broken}
     broken = [s.name for s in report.stages if _is_broken(report, s.name) and s.name not in allowed]
     return 1 if broken or any(gate.result == "failed" for gate in report.gates) else 0
-
-
-def _source(recipe: Recipe, *, download: bool) -> Source:
-    model = recipe.model
-    try:
-        return find_source(
-            model.kind,
-            model.source,
-            relative_to=recipe.folder_of("model", model.kind),
-            revision=model.revision,
-            dtype=model.dtype,
-            download=download,
-            trust_remote_code=model.trust_remote_code,
-            architecture=model.architecture.model_dump() if model.architecture else None,
-        )
-    except RecipeError as error:
-        where = recipe.location("model", model.kind)
-        raise RecipeError(error.message, hint=error.hint, location=where) from None
-
-
-def _plan(
-    recipe: Recipe, source: Source, store: Store, host: Host, *, until: str | None, only: str | None, force: bool
-) -> Plan:
-    return make_plan(
-        recipe,
-        source=source,
-        store=store,
-        registry=Registry(),
-        profile=_profile(recipe, host, store),
-        host=host,
-        stages=select_stages(recipe, until=until, only=only),
-        force=force,
-    )
-
-
-def _profile(recipe: Recipe, host: Host, store: Store) -> HardwareProfile:
-    try:
-        return load_profile(
-            recipe.hardware,
-            host=host,
-            relative_to=recipe.folder_of("hardware"),
-            probe_folder=probe_folder(store.root),
-        )
-    except RecipeError as error:
-        raise RecipeError(error.message, hint=error.hint, location=recipe.location("hardware")) from None
-
-
-def evaluation_text_of(recipe: Recipe) -> str:
-    """The text that quality is measured on.
-
-    Raises: RecipeError where it is not there or not text.
-    """
-    given = recipe.evaluate.quality.text
-    home = recipe.folder_of("evaluate", "quality", "text")
-    path = evaluation_text() if given == "builtin" else (home / Path(given).expanduser()).resolve()
-    where = recipe.location("evaluate", "quality", "text")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"the evaluation text {path} cannot be read: {error.strerror}", location=where) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", location=where) from None
-    if not text.strip():
-        raise RecipeError(f"the evaluation text {path} is empty", location=where)
-    return text
 
 
 def _keep_log(result: StageResult, folder: Path) -> StageResult:

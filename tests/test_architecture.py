@@ -17,7 +17,7 @@ FLOORS = [
     ["store", "plugin", "stored_tensor", "onnx_model", "models", "runtime", "memory_estimate"],
     ["recipe", "measure", "passes_catalogue", "starter"],
     ["plan"],
-    ["execute", "why"],
+    ["execute", "resolve", "why"],
     ["events", "evaluate"],
     ["report"],
     ["run", "reproduce"],
@@ -99,8 +99,8 @@ def test_passes_import_heavy_libraries_late(path: Path) -> None:
     "statement",
     [
         "import pipeline.cli",
-        "from pipeline.run import run, plan_recipe",
-        "from pipeline.recipe import load_recipe; from pipeline.run import plan_recipe; "
+        "from pipeline.run import run",
+        "from pipeline.recipe import load_recipe; from pipeline.resolve import plan_recipe; "
         "plan_recipe(load_recipe('llama2-cpu'))",
         "from pipeline.plugin import Registry; r = Registry(); [r.load(n) for n in r.names()]",
         "import pipeline.cli.live, pipeline.report.terminal, pipeline.recipe.json_schema",

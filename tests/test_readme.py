@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.cli import app
 from pipeline.recipe.load import recipe_from_text
-from pipeline.run import plan_recipe, run
+from pipeline.resolve import plan_recipe
+from pipeline.run import run
 from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent

@@ -33,7 +33,7 @@ def plan_verb(
     from pipeline.cli.output import console, fail
     from pipeline.errors import HostError
     from pipeline.recipe import Recipe
-    from pipeline.run import plan_recipe
+    from pipeline.resolve import plan_recipe
 
     def plan_one(loaded: Recipe) -> tuple[int, Any]:
         plan = plan_recipe(loaded, until=until, only=only, force=force)

@@ -22,7 +22,7 @@ def why_verb(
     """
     from pipeline.cli.cells import chosen_recipes, for_each_cell
     from pipeline.recipe import Recipe
-    from pipeline.run import plan_recipe
+    from pipeline.resolve import plan_recipe
     from pipeline.store import Store, default_store_path
     from pipeline.why import explain_stage
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.artifact import TensorRef
 from pipeline.errors import PipelineError, RecipeError, nearest
 from pipeline.models.safetensors import read_header
-from pipeline.models.transformers_index import causal_language_models, configurations
+from pipeline.models.transformers_index import causal_language_models, configurations, is_known
 
 COMPANIONS = (
     "config.json",
@@ -83,8 +83,7 @@ def check_config(path: str, config: dict[str, Any], *, trust_remote_code: bool) 
 
 def _check_code(path: str, config: dict[str, Any], *, trust_remote_code: bool) -> None:
     kind = config.get("model_type")
-    known = configurations()
-    if trust_remote_code or not known or kind in known:
+    if trust_remote_code or is_known(str(kind)) or not configurations():
         return
     if "auto_map" in config:
         raise RecipeError(

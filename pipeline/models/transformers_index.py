@@ -28,6 +28,17 @@ def configurations() -> dict[str, str]:
     return _pairs("models/auto/auto_mappings.py", name) or _pairs("models/auto/configuration_auto.py", name)
 
 
+def is_known(model_type: str) -> bool:
+    """Whether there is such an architecture. Most have a folder of their name: seeing it is quicker than parsing."""
+    spec = find_spec("transformers")
+    name = model_type.replace("-", "_")
+    if spec is not None and spec.origin is not None and name.isidentifier():
+        folder = Path(spec.origin).parent / "models" / name
+        if (folder / f"configuration_{name}.py").is_file():
+            return True
+    return model_type in configurations()
+
+
 @cache
 def configuration_fields(model_type: str) -> frozenset[str]:
     """Names that the configuration of `model_type` takes; empty where they cannot be found out."""

@@ -249,7 +249,7 @@ def test_mistakes_are_found_without_transformers(model: str, why: str, tmp_path:
 import sys
 from pipeline.errors import RecipeError
 from pipeline.recipe import load_recipe
-from pipeline.run import plan_recipe
+from pipeline.resolve import plan_recipe
 try:
     plan_recipe(load_recipe({str(file)!r}))
 except RecipeError as error:
