@@ -21,7 +21,7 @@ run: $(INSTALLED)
 	$(BIN)/pipeline run $(RECIPE)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow' -n 2
