@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ from hypothesis import settings
 from safetensors.numpy import save_file
 
 from pipeline.store import Store
+
+# Two test processes share two cores: threads that spin while they wait for each other would take them from the other's.
+# Read when the library loads, which no test module does before this one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings.register_profile("patient", deadline=None)  # a busy machine makes no test wrong
 settings.load_profile("patient")

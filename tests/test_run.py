@@ -38,13 +38,19 @@ def stage(result: RunResult, name: str) -> StageReport:
 
 
 def test_every_stage_runs_and_the_gates_pass(result: RunResult) -> None:
-    assert [(s.name, s.status) for s in result.report.stages] == [
-        ("source", "ran"),
-        ("export_onnx", "ran"),
-        ("int4", "ran"),
-        ("int8", "ran"),
+    assert [s.name for s in result.report.stages] == [
+        "source",
+        "export_onnx",
+        "onnxoptimizer",
+        "optimized",
+        "int4",
+        "int4_compiled",
+        "int8",
+        "int8_compiled",
+        "torch_compiled",
     ]
-    assert [g.result for g in result.report.gates] == ["passed", "passed"]
+    assert {s.status for s in result.report.stages} == {"ran"}
+    assert {g.result for g in result.report.gates} == {"passed"}
     assert result.exit_code == 0
 
 
@@ -59,7 +65,7 @@ def test_the_report_fits_its_schema_and_nothing_that_was_asked_for_is_missing(re
         assert s.inference_peak_memory_bytes
         assert s.cost.wall_s is not None
         assert s.quality is not None
-        assert s.name == "source" or s.quality.vs_baseline is not None
+        assert s.name == "source" or (s.quality.vs_baseline is not None and s.load.saved_s is not None)
     assert len(result.report.noise_floor) == 2
 
 
@@ -70,7 +76,9 @@ def test_quality_falls_as_the_bits_do(result: RunResult) -> None:
         if s.quality and s.quality.vs_baseline
     }
     assert abs(ratios["export_onnx"] - 1) < 0.005  # type: ignore[operator]
-    assert abs(ratios["int8"] - 1) < 0.005  # type: ignore[operator]
+    assert abs(ratios["int8"] - 1) < 0.01  # type: ignore[operator]
+    assert ratios["int8_compiled"] == pytest.approx(ratios["int8"], abs=1e-3)
+    assert abs(ratios["torch_compiled"] - 1) < 0.005  # type: ignore[operator]
     assert ratios["int8"] < ratios["int4"] < 1.1  # type: ignore[operator]
 
 

@@ -37,7 +37,7 @@ from pipeline.parent import die_with_parent
 from pipeline.runtime import CausalLMRunner, ExecutionSpec, load_runner
 from pipeline.runtime.protocol import RUNNERS
 
-RECORDED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+RECORDED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
 class Session:

@@ -14,7 +14,7 @@ from pipeline.execute import StageResult
 from pipeline.hardware.probe import cached_probe, probe_folder
 from pipeline.measure.effect import Effect as FoundEffect
 from pipeline.measure.quality import StageQuality
-from pipeline.measure.samples import SpeedMeasurement
+from pipeline.measure.samples import LoadTimes, SpeedMeasurement
 from pipeline.measure.statistics import NoiseFloor as MeasuredFloor
 from pipeline.measure.statistics import SpeedPoint, speed_figures
 from pipeline.plan import Plan, PlannedStage, digest_of
@@ -167,7 +167,8 @@ def _stage(
     held: set[str],
 ) -> StageReport:
     measured = speed is not None and bool(points)
-    load = speed.load.get(planned.name) if speed else None
+    loads = speed.load if speed else {}
+    load = _load(loads.get(planned.name), loads.get(str(planned.parent)))
     return StageReport.model_validate(
         {
             "name": planned.name,
@@ -181,12 +182,21 @@ def _stage(
             "cost": Cost(**result.cost.model_dump()),
             "predicted_memory": planned.predicted,
             "effect": Effect(**effect.model_dump()) if effect else None,
-            "load": Load(**load.model_dump()) if load else None,
+            "load": load,
             "inference_peak_memory_bytes": speed.inference_peak_memory_bytes.get(planned.name) if speed else None,
             "speed": tuple(_speed(p) for p in points) if measured else None,
             "quality": _quality(quality) if quality else None,
         }
     )
+
+
+def _load(own: LoadTimes | None, parents: LoadTimes | None) -> Load | None:
+    if own is None:
+        return None
+    saved = None
+    if parents is not None and parents.warm_s is not None and own.warm_s is not None:
+        saved = parents.warm_s - own.warm_s
+    return Load(**own.model_dump(), saved_s=saved)
 
 
 def _facts(artifact: Artifact, held: set[str]) -> ArtifactFacts:

@@ -277,11 +277,18 @@ def _resource_clauses(stage: StageReport, report: Report) -> list[str]:
         clauses.append(_instead("takes", stage.artifact.size_bytes, theirs, megabytes))
     if stage.load and stage.load.warm_s is not None:
         loaded = base.load.warm_s if base and base.load else None
-        clauses.append(_instead("loads in", stage.load.warm_s, loaded, seconds))
+        clauses.append(_instead("loads in", stage.load.warm_s, loaded, seconds) + _load_saved(stage, report))
     if stage.inference_peak_memory_bytes is not None:
         used = base.inference_peak_memory_bytes if base else None
         clauses.append(_instead("runs in", stage.inference_peak_memory_bytes, used, megabytes))
     return clauses
+
+
+def _load_saved(stage: StageReport, report: Report) -> str:
+    saved = stage.load.saved_s if stage.load else None
+    if saved is None or stage.parent in {None, report.baseline}:  # against the baseline it is said already
+        return ""
+    return f", {seconds(abs(saved))} {'less' if saved > 0 else 'more'} than {stage.parent}"
 
 
 Figure = TypeVar("Figure", int, float)

@@ -42,6 +42,7 @@ def leaves(value: Any) -> Iterator[float]:
 def tellable(stage: StageReport, report: Report) -> set[float]:
     """What may be told of a stage: its own figures, the baseline's, the noise floor, each in a unit that people use."""
     values = set(leaves([s.model_dump() for s in (stage, report.stage(report.baseline))]))
+    values |= {abs(v) for v in values}  # what takes longer saves a negative time
     values |= {v * scale for v in values for scale in (1e-6, 1e-9, 100.0)}
     values |= {(p.ratio - 1) * 100 for s in stage.speed or () for p in (s.vs_baseline, s.vs_parent) if p}
     floors = [max(abs(math.log(f.ratio_low)), abs(math.log(f.ratio_high))) for f in report.noise_floor]
