@@ -119,10 +119,11 @@ class Evaluation:
             notes += timed.notes
         else:
             notes.append("speed, load time and memory were not measured (--no-measure)")
-        lost = set(timed.unloadable) if timed else set()
-        quality = self._quality(stages, text_digest, lost=lost, known_only=not speed or baseline in failures)
+        quality = self._quality(stages, text_digest, known_only=not speed)
         notes += quality.notes
-        unloadable |= lost - quality.stages.keys()  # what was scored once did load
+        if timed is not None:
+            # those that did not load beside the others are loaded alone to be scored: what was scored did load
+            unloadable |= set(timed.unloadable) - quality.stages.keys()
         failures |= quality.failures
         unloadable |= quality.unloadable
         if quality.problem is not None:
@@ -164,8 +165,8 @@ class Evaluation:
             self.store.put_measurement(key, found[name].model_dump(mode="json"))
         return found, failures
 
-    def _quality(self, stages: list[StageToMeasure], text_digest: str, *, lost: Set[str], known_only: bool) -> _Quality:
-        """Only stages that the store does not know are scored, beside the baseline; those that are lost are not."""
+    def _quality(self, stages: list[StageToMeasure], text_digest: str, *, known_only: bool) -> _Quality:
+        """Only stages that the store does not know are scored, beside the baseline."""
         wanted = self.recipe.evaluate.quality
         asked_for = QualityWorkload(window=wanted.window, stride=wanted.stride, tokens=wanted.tokens)
         workload, notes = fit_windows(asked_for, [stage.artifact for stage in stages])
@@ -190,7 +191,7 @@ class Evaluation:
 
         found = {s.name: _remembered(StageQuality, self.store, key(s)) for s in stages}
         known = {name: quality for name, quality in found.items() if quality is not None}
-        unknown = [s for s in stages if s.name not in known and s.name not in lost]
+        unknown = [s for s in stages if s.name not in known]
         if known_only or not unknown:
             return _Quality(stages=known, notes=notes)
         scored = unknown if baseline in unknown else [baseline, *unknown]

@@ -94,7 +94,7 @@ class CompileTorch(Pass):
     @classmethod
     def predict(cls, params: Params, model: ModelSize) -> Prediction:
         """The model keeps its size. Memory is the compiler's, as measured: it hardly depends on the weights."""
-        return Prediction(model=model, conversion_bytes=850 * 10**6)
+        return Prediction(model=model, conversion_bytes=(850 if params.verify else 25) * 10**6)
 
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
         """Write the execution block; compile, and compare with the uncompiled model.
@@ -114,8 +114,8 @@ class CompileTorch(Pass):
             length = static_length(params.max_length, _longest(artifact))
             execution["max_length"] = length
             interface = interface.model_copy(update={"max_length": length})
-        else:
-            execution.pop("max_length", None)
+        elif execution.pop("max_length", None) is not None:  # a static cache before this stage had narrowed it
+            interface = interface.model_copy(update={"max_length": _longest(artifact)})
         if params.mode in CUDA_GRAPHS:
             context.logger.warning("on a CPU, mode %s does what it would do without CUDA graphs", params.mode)
         made = _changed(artifact, execution=execution, interface=interface)
@@ -204,7 +204,8 @@ def _longest(artifact: Artifact) -> int | None:
     """Positions that the model has, as far as its manifest or its configuration says."""
     config = artifact.read_json("config.json")
     text = config.get("text_config", config)
-    found = artifact.interface.max_length or text.get("max_position_embeddings")
+    narrowed = artifact.manifest.execution.get("max_length") is not None  # by a static cache, which this one replaces
+    found = (None if narrowed else artifact.interface.max_length) or text.get("max_position_embeddings")
     return int(found) if found is not None else None
 
 

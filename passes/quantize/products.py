@@ -290,3 +290,9 @@ def _comes_from(value: ir.Value | None, name: str) -> bool:
             return False
         value = node.inputs[0]
     return value is not None and value.name == name
+
+
+def refuse_subgraphs(products: Sequence[Product], model: ir.Model) -> None:
+    """Raises: PipelineError where one of the products lies in a subgraph, whose values cannot be observed."""
+    if inner := [p.weight_name for p in products if p.node.graph is not model.graph]:
+        raise PipelineError(f"the product by {inner[0]!r} lies in a subgraph, which cannot be calibrated: exclude it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Literal
 
+from passes.graph.weights_aside import execution_of_graph
 from passes.quantize.channel_quantization import quantize_channels
 from passes.quantize.products import (
     MICROSOFT,
@@ -90,7 +91,7 @@ class QuantizeDynamic(Pass):
         remove_unused(model)
         kind = f"{params.weight_type} {'by channel' if params.per_channel else 'by tensor'}, dynamic"
         report_counts(context, kind, len(chosen), [p for p in products if p not in chosen])
-        return save_onnx(model, context.output, like=artifact)
+        return save_onnx(model, context.output, like=artifact, execution=execution_of_graph(artifact))
 
 
 def single_precision(products: list[Product]) -> list[Product]:
@@ -132,7 +133,10 @@ def _replace(product: Product, weights: list[ir.Value | None]) -> None:
     import onnx_ir as ir
 
     old, bias = product.node, product.bias
-    own = bias if bias is not None and bias.shape is not None and bias.shape.rank() == 1 else None
+    # the kernel takes one addend for every column, and does not broadcast as Gemm does
+    columns = product.weight.shape[0 if product.transposed else 1] if product.weight.shape is not None else None
+    fits = bias is not None and bias.shape is not None and list(bias.shape) == [columns]
+    own = bias if fits else None
     inputs = [product.input, *weights, own]
     while inputs[-1] is None:
         inputs.pop()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
+from passes.graph.weights_aside import execution_of_graph
 from passes.quantize.calibration import RUN_TOKENS, calibration_tokens
 from passes.quantize.channel_quantization import quantize_channels
 from passes.quantize.products import (
@@ -15,6 +16,7 @@ from passes.quantize.products import (
     bytes_of,
     chosen_products,
     find_products,
+    refuse_subgraphs,
     remove_unused,
     replace,
     report_counts,
@@ -118,10 +120,7 @@ class QuantizeStatic(Pass):
             raise PipelineError(f"the graph has opset {opset}; scales by channel need {FIRST_OPSET} or later")
         products = [p for p in single_precision(find_products(model)) if p.node.op_type in params.operators]
         chosen = chosen_products(products, model, artifact, exclude=params.exclude, keep_head=params.head == "keep")
-        if inner := [p.weight_name for p in chosen if p.node.graph is not model.graph]:
-            raise PipelineError(
-                f"the product by {inner[0]!r} lies in a subgraph, which cannot be calibrated: exclude it"
-            )
+        refuse_subgraphs(chosen, model)
         tokens = calibration_tokens(artifact, context, samples=params.samples, length=params.sequence_length)
         widths = {str(product.input.name): product.shape[1] for product in chosen}
         activations: dict[str, list[ir.Value]] = {}
@@ -150,7 +149,7 @@ class QuantizeStatic(Pass):
         remove_unused(model)
         kind = f"int8 by channel, {params.activation_type} activations, {params.method} of {tokens.size} tokens"
         report_counts(context, kind, len(chosen), [p for p in products if p not in chosen])
-        return save_onnx(model, context.output, like=artifact)
+        return save_onnx(model, context.output, like=artifact, execution=execution_of_graph(artifact))
 
 
 def _groups(widths: dict[str, int]) -> Iterator[list[str]]:

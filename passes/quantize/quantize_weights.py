@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
+from passes.graph.weights_aside import execution_of_graph
 from passes.quantize.block_quantization import BlockQuantized, quantize_blocks
 from passes.quantize.calibration import calibration_tokens, observe
 from passes.quantize.gptq import activation_order, inverse_factor, quantize_gptq
@@ -25,6 +26,7 @@ from passes.quantize.products import (
     find_lookups,
     find_products,
     head_of,
+    refuse_subgraphs,
     register,
     remove_unused,
     replace,
@@ -152,6 +154,8 @@ class QuantizeWeights(Pass):
         chosen = [p for p in products if p.node not in skipped and not (p.node is head and params.head == "keep")]
         if not chosen:
             raise PipelineError(f"all {len(products)} weights are excluded: there is nothing to quantize")
+        if params.method == "gptq":
+            refuse_subgraphs(chosen, model)
         writer = _Writer(model, params, context)
         plan = _plan([p for p in chosen if p.node is not head], [p for p in chosen if p.node is head], params)
         for done, step in enumerate(_solved(plan, artifact, params, context)):
@@ -164,7 +168,7 @@ class QuantizeWeights(Pass):
         remove_unused(model)
         kind = f"{params.method}, {params.bits} bits in blocks of {params.block_size}"
         report_counts(context, kind, len(chosen), [p for p in products if p not in chosen])
-        return save_onnx(model, context.output, like=artifact)
+        return save_onnx(model, context.output, like=artifact, execution=execution_of_graph(artifact))
 
     @classmethod
     def predict(cls, params: Params, model: ModelSize) -> Prediction:

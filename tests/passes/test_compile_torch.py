@@ -42,6 +42,13 @@ class TestTheArtifact:
         assert made.manifest.execution["cache"] == "dynamic"
         assert "max_length" not in made.manifest.execution
 
+    def test_is_as_long_as_the_model_again_when_another_cache_replaces_a_short_one(self, bench, llama):
+        short = bench.run(CompileTorch, llama, verify=False, cache="static", max_length=16)
+        growing = bench.run(CompileTorch, short, verify=False)
+        assert growing.interface == llama.interface
+        longer = bench.run(CompileTorch, short, verify=False, cache="static", max_length=32)
+        assert longer.interface.max_length == 32
+
     def test_keeps_what_else_was_said_of_its_execution(self, bench, llama):
         execution = {**llama.manifest.execution, "trust_remote_code": False}
         before = Artifact(llama.manifest.model_copy(update={"execution": execution}), llama.blobs)

@@ -32,7 +32,7 @@ def operators(artifact: Artifact) -> Counter[str]:
     return Counter(node.op_type for node in load_onnx(artifact).graph)
 
 
-def two_products(*, gemm: bool = False) -> ir.Model:
+def two_products(*, gemm: bool = False, addends: tuple[int, ...] = (24,)) -> ir.Model:
     """y = relu(x · A) · B (+ c), both weights [K, N] as quantization tools expect them."""
 
     def constant(name: str, array: np.ndarray) -> ir.Value:
@@ -43,7 +43,7 @@ def two_products(*, gemm: bool = False) -> ir.Model:
     a, b, c = (
         constant("a", random_array(48, 64)),
         constant("b", random_array(64, 24, seed=1)),
-        constant("c", random_array(24, seed=2)),
+        constant("c", random_array(*addends, seed=2)),
     )
     nodes = [ir.node("MatMul", [x, a], name="first")]
     nodes.append(ir.node("Relu", [nodes[-1].outputs[0]], name="relu"))
@@ -141,10 +141,12 @@ class TestAGraph:
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
         assert operators(made) == {"DynamicQuantizeMatMul": 2, "Relu": 1}
 
-    def test_keeps_the_bias_of_a_gemm(self, bench, publish):
-        before = publish(two_products(gemm=True))
+    @pytest.mark.parametrize("addends", [(24,), (1,), (1, 24), (5, 1), ()])
+    def test_keeps_the_bias_of_a_gemm_of_whatever_shape(self, bench, publish, addends):
+        before = publish(two_products(gemm=True, addends=addends))
         made = bench.run(QuantizeDynamic, before)
-        assert operators(made) == {"DynamicQuantizeMatMul": 2, "Relu": 1}
+        assert operators(made)["DynamicQuantizeMatMul"] == 2
+        assert operators(made)["Add"] == (0 if addends == (24,) else 1)
         x = random_array(5, 48, seed=3)
         expected = bench.session(before).run(None, {"x": x})[0]
         result = bench.session(made).run(None, {"x": x})[0]
