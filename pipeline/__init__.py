@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.errors import HostError, PipelineError, RecipeError, StageError
     from pipeline.memory_estimate import ModelSize, Prediction
     from pipeline.onnx_model import load_onnx, new_tensor, referenced_tensor, reshaped_tensor, save_onnx
+    from pipeline.onnx_wire import check_external_tensors
     from pipeline.plugin import Pass, PassContext, PassParams, Requires
     from pipeline.recipe import load_recipe
     from pipeline.runtime import ExecutionSpec, load_model, load_runner
@@ -29,6 +30,7 @@ _HOMES = {
     "pipeline.errors": ["HostError", "PipelineError", "RecipeError", "StageError"],
     "pipeline.memory_estimate": ["ModelSize", "Prediction"],
     "pipeline.onnx_model": ["load_onnx", "new_tensor", "referenced_tensor", "reshaped_tensor", "save_onnx"],
+    "pipeline.onnx_wire": ["check_external_tensors"],
     "pipeline.plugin": ["Pass", "PassContext", "PassParams", "Requires"],
     "pipeline.recipe": ["load_recipe"],
     "pipeline.runtime": ["ExecutionSpec", "load_model", "load_runner"],
@@ -56,6 +58,7 @@ __all__ = [
     "Requires",
     "StageError",
     "TensorRef",
+    "check_external_tensors",
     "checkpoint_folder",
     "load_model",
     "load_onnx",

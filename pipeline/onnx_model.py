@@ -6,6 +6,7 @@ writes the edited graph: an initializer that was not touched is referenced where
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from pipeline.artifact import (
     TensorRef,
 )
 from pipeline.errors import PipelineError
+from pipeline.onnx_wire import check_external_tensors
 from pipeline.store.writer import OutputWriter, weights_name
 
 if TYPE_CHECKING:
@@ -53,7 +55,10 @@ def load_onnx(artifact: Artifact, component: str = MAIN_COMPONENT) -> ir.Model:
     part = artifact.manifest.components[component]
     if ONNX_FILE not in part.files:
         raise PipelineError(f"component {component!r} has format {part.format!r}, not onnx")
-    model = ir.load(artifact.locate(part.files[ONNX_FILE]))
+    path = artifact.locate(part.files[ONNX_FILE])
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        check_external_tensors(data, part.tensors)
+    model = ir.load(path)
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             if not isinstance(value.const_value, ir.ExternalTensor):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.export.causal_lm import CausalLM, reference_causal_lm
-from pipeline import Artifact, Interface, PassContext, PipelineError
+from pipeline import Artifact, Interface, PassContext, PipelineError, check_external_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,6 +200,7 @@ def _session(model: ir.Model, threads: int) -> Any:
     finally:
         for value, tensor in stored.items():
             value.const_value = tensor
+    check_external_tensors(data, {str(value.name) for value in stored})
     try:
         return onnxruntime.InferenceSession(
             data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]

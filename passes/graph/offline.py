@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import PipelineError
+from pipeline import PipelineError, check_external_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,19 +79,20 @@ def open_session(
 
     `packed` are further entries of weights' external data, by weight and key.
 
-    Raises: PipelineError where ONNX Runtime refuses the graph.
+    Raises: PipelineError where ONNX Runtime refuses the graph, or it names files that are not its stored tensors'.
     """
     import onnx_ir as ir
     import onnxruntime
 
     # files are mapped only if they lie below this folder: with the root, they may lie anywhere
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", Path.cwd().anchor)
-    with _files_from_the_root(model):
+    with _files_from_the_root(model) as stored:
         proto = ir.to_proto(model)
     for initializer in proto.graph.initializer:
         for key, value in (packed or {}).get(initializer.name, {}).items():
             initializer.external_data.add(key=key, value=value)
     data = proto.SerializeToString()
+    check_external_tensors(data, stored)
     try:
         return onnxruntime.InferenceSession(data, options, providers=list(providers))
     except Exception as error:  # the runtime's exceptions share no base of their own
@@ -111,17 +112,19 @@ def is_folded(value: ir.Value) -> bool:
 
 
 @contextmanager
-def _files_from_the_root(model: ir.Model) -> Iterator[None]:
-    """Within, initializers that lie in files are named by the files' paths from the root."""
+def _files_from_the_root(model: ir.Model) -> Iterator[set[str]]:
+    """Within, initializers that lie in files are named by the files' paths from the root. Gives their names."""
     import onnx_ir as ir
 
+    stored: set[str] = set()
     with ExitStack() as restore:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.LazyTensor):
                 restore.callback(setattr, value, "const_value", tensor)
                 value.const_value = _external(tensor)
-        yield
+                stored.add(str(value.name))
+        yield stored
 
 
 def _external(tensor: Any) -> ir.ExternalTensor:

@@ -92,8 +92,8 @@ def read_onnx_file(path: Path, companions: dict[str, Path]) -> OnnxFile:
     interface = read_interface(header, path, companions)
     if header.hidden:
         raise RecipeError(
-            f"{path} keeps {', '.join(header.hidden[:3])} of a subgraph or a node in another file",
-            hint="only initializers of the main graph may lie outside",
+            f"{path} keeps {', '.join(header.hidden[:3])} of a node, subgraph or function in another file",
+            hint="only the dense initializers of the main graph may lie outside",
         )
     tensors = {tensor.name: _place(tensor, path) for tensor in header.external}
     return OnnxFile(path=path, interface=interface, parameters=header.parameters, tensors=tensors)

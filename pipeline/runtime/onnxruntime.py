@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipeline.artifact import ONNX_FILE, Artifact, numpy_dtype
 from pipeline.errors import HostError, PipelineError
 from pipeline.hardware.host import describe_host
+from pipeline.onnx_wire import check_external_tensors
 from pipeline.runtime.protocol import ExecutionSpec
 from pipeline.runtime.sequence import Sequence, as_tokens
 
@@ -251,7 +252,7 @@ def _compiled_for_this_host(artifact: Artifact, provider: str) -> dict[str, Any]
 def _graph_over_files(artifact: Artifact, packed: dict[str, Any]) -> bytes:
     """The graph, its external initializers named by the paths from the root of the files that hold them.
 
-    Raises: PipelineError where it is no graph, or keeps an initializer outside that the manifest does not know.
+    Raises: PipelineError where it is no graph, or keeps a tensor outside that the manifest does not know.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -284,6 +285,7 @@ def _graph_over_files(artifact: Artifact, packed: dict[str, Any]) -> bytes:
         for key, value in entries.items():
             initializer.external_data.add(key=key, value=value)
     data: bytes = model.SerializeToString()
+    check_external_tensors(data, component.tensors)
     return data
 
 

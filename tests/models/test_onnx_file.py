@@ -268,3 +268,31 @@ def test_the_key_holds_the_data_beside_the_graph(tmp_path: Path, store: Store, w
     content[0] ^= 1
     data.write_bytes(bytes(content))
     assert plan_of(path, "", store).stage("source").key != before
+
+
+@pytest.mark.parametrize("place", ["function", "sparse", "subgraph", "training"])
+def test_only_dense_initializers_of_the_main_graph_may_lie_outside(
+    place: str, tmp_path: Path, write_graph: Write
+) -> None:
+    path = write_graph(tmp_path / "model", external=True)
+    find_source("onnx", str(path), relative_to=Path())
+    (tmp_path / "key").write_bytes(bytes(16))
+    model = onnx.load(path, load_external_data=False)
+    secret = TensorProto(name="secret", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    secret.external_data.add(key="location", value=str(tmp_path / "key").lstrip("/"))
+    make = onnx.helper
+    if place == "function":
+        node = make.make_node("Constant", [], ["c"], value=secret)
+        model.functions.append(make.make_function("own", "Hold", [], ["c"], [node], [make.make_opsetid("", 18)]))
+    elif place == "sparse":
+        indices = onnx.numpy_helper.from_array(np.arange(4), "indices")
+        model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=secret, indices=indices, dims=[8]))
+    elif place == "subgraph":
+        out = make.make_tensor_value_info("out", TensorProto.FLOAT, [4])
+        branch = make.make_graph([make.make_node("Identity", ["secret"], ["out"])], "b", [], [out], [secret])
+        model.graph.node.append(make.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch))
+    else:
+        model.training_info.add().initialization.initializer.append(secret)
+    path.write_bytes(model.SerializeToString())
+    assert "keeps secret" in (said := refusal(path))
+    assert "only the dense initializers of the main graph may lie outside" in said
