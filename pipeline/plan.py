@@ -213,11 +213,10 @@ def _plan_source(recipe: Recipe, source: Source, store: Store) -> PlannedStage:
         "pass": SOURCE,
         "environment": {"schema": str(SCHEMA_VERSION)},
         "dtype": source.dtype,
+        "code": reading_digest(source),  # a mend there changes what the files or the seed mean
     }
     params: dict[str, Any] = {"model": str(source), "dtype": source.dtype}
     reason = "its files have not been seen before"
-    if (code := reading_digest(source)) is not None:  # a mend there changes what the files or the seed mean
-        ingredients["code"] = code
     if source.architecture is None:
         ingredients["files"] = {name: store.digest_file((source.folder / name).resolve()) for name in source.files}
         if source.trust_remote_code:

@@ -51,6 +51,8 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path} nests its values too deeply to be read") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path} is not a JSON object")
     return data
@@ -119,7 +121,7 @@ def weight_files(folder: Path) -> list[str]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise RecipeError(f"{index} is damaged") from None
         if strange := [name for name in shards if Path(str(name)).name != name]:
             raise RecipeError(f"{index} names a file outside its folder: {strange[0]}")

@@ -47,6 +47,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             header = json.loads(file.read(length))
         except ValueError:
             raise PipelineError(f"{path} is not a safetensors file: its header is not JSON") from None
+        except RecursionError:
+            raise PipelineError(f"{path} is not a safetensors file: its header nests too deeply to be read") from None
     if not isinstance(header, dict):
         raise PipelineError(f"{path} is not a safetensors file: its header is not a JSON object")
     return {

@@ -29,6 +29,13 @@ BUILTIN = Path(__file__).parent / "builtin"
 TOKENIZER = "tokenizer.json"
 """What quality is measured with."""
 
+TORCH_READERS = ("source.py", "checkpoint.py", "safetensors.py")
+READERS = {
+    "onnx": ("source.py", "onnx_file.py", "onnx_header.py", "checkpoint.py"),
+    "architecture": ("random_weights.py", "architecture.py", "checkpoint.py", "safetensors.py"),
+}
+"""Modules beside this one that write the manifest of a source's artifact."""
+
 Kind = Literal["builtin", "path", "huggingface", "onnx", "architecture"]
 
 
@@ -67,11 +74,9 @@ class Source:
         return TOKENIZER in self.files
 
 
-def reading_digest(source: Source) -> str | None:
-    """SHA-256 of the sources that make the artifact; None where it says no more than the model's files do."""
-    names = {"onnx": ("onnx_file.py", "onnx_header.py"), "architecture": ("random_weights.py",)}.get(source.kind)
-    if names is None:
-        return None
+def reading_digest(source: Source) -> str:
+    """SHA-256 of the sources that write the artifact's manifest: a mend there changes what the model's files mean."""
+    names = READERS.get(source.kind, TORCH_READERS)
     return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in names)).hexdigest()
 
 

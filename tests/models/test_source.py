@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from safetensors.numpy import save_file
 
 from pipeline.errors import HostError, PipelineError, RecipeError
 from pipeline.models import builtin_names, evaluation_text, find_source, source_artifact
+from pipeline.models import source as source_module
 from pipeline.models.safetensors import read_header
-from pipeline.models.source import calibration_text
+from pipeline.models.source import Kind, Source, calibration_text, reading_digest
 from pipeline.store import Store
 
 
@@ -159,3 +161,48 @@ def test_held_out_and_calibration_text_share_no_paragraph() -> None:
     held_out = set(evaluation_text().read_text().split("\n\n"))
     calibration = set(calibration_text().read_text().split("\n\n"))
     assert not {p for p in held_out & calibration if len(p) >= 40}
+
+
+def test_json_that_nests_too_deeply_is_told(folder: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(deep)
+    assert "nests its values too deeply" in complaint(folder)
+    (folder / "config.json").write_text(config)
+    (folder / "model.safetensors.index.json").write_text(deep)
+    assert "is damaged" in complaint(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep.encode())
+    assert "its header nests too deeply" in complaint(folder)
+
+
+@pytest.mark.parametrize("kind", ["builtin", "path", "huggingface", "onnx", "architecture"])
+def test_a_sources_key_holds_the_code_that_writes_its_manifest(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the modules that it names, all that those import of pipeline/models is there, but what only checks."""
+    home = Path(source_module.__file__).parent
+    named = {*source_module.READERS.get(kind, source_module.TORCH_READERS)}
+    writes = {"onnx_file.py", "onnx_header.py", "random_weights.py", "checkpoint.py", "safetensors.py"}
+    writers = named - {"source.py"}
+    imported = set(
+        re.findall(
+            r"^from pipeline\.models\.(\w+) import",
+            "".join((home / name).read_text() for name in writers),
+            re.MULTILINE,
+        )
+    )
+    others = {"safetensors.py"} if kind == "onnx" else set()  # checkpoint.py reads no weights for it
+    assert ({f"{name}.py" for name in imported} & writes) - others <= named
+    source = Source(kind=kind, name="x", folder=tmp_path, dtype="float32", files=(), max_length=None)
+    before = reading_digest(source)
+    shutil.copytree(home, tmp_path / "models", ignore=shutil.ignore_patterns("builtin"))
+    monkeypatch.setattr(source_module, "__file__", str(tmp_path / "models" / "source.py"))
+    assert reading_digest(source) == before
+    for name in sorted(named):
+        path = tmp_path / "models" / name
+        kept = path.read_text()
+        path.write_text(kept + "# mended\n")
+        assert reading_digest(source) != before, name
+        path.write_text(kept)
+    assert "checkpoint.py" in named
