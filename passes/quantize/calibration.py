@@ -104,7 +104,7 @@ class _Graph:
         known = {self._inputs.get(role) for role in ("tokens", "mask", "positions")} | {self._logits_to_keep}
         if unknown := self._types.keys() - self._pasts.keys() - known:
             raise PipelineError(f"calibration cannot feed the graph's inputs {', '.join(sorted(unknown))}")
-        self._past: dict[str, np.ndarray] = {}
+        self._past: dict[str, Any] = {}
 
     def run(self, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
         """Values for tokens [B, S] after `past` others; an empty past empties the cache."""
@@ -119,27 +119,40 @@ class _Graph:
         feeds = {self._inputs[role]: array for role, array in given.items() if role in self._inputs}
         if self._logits_to_keep is not None:
             feeds[self._logits_to_keep] = np.ones([1] * self._types.get(self._logits_to_keep, ("", 0))[1])
-        feeds = {name: self._integers(name, array) for name, array in feeds.items() if name in self._types}
+        feeds = {name: _ort_value(self._integers(name, array)) for name, array in feeds.items() if name in self._types}
         for name in self._pasts:
             feeds[name] = self._past[name] if past else self._empty(batch)
         try:
-            values = dict(zip(self._asked, self._session.run(self._asked, feeds), strict=True))
+            made = self._session.run_with_ort_values(self._asked, feeds)
         except Exception as error:  # the runtime's exceptions share no base of their own
             raise PipelineError(f"ONNX Runtime failed on the calibration text: {error}") from error
+        values = dict(zip(self._asked, made, strict=True))
         if self.has_cache:
             self._past = {name: values[present] for name, present in self._pasts.items()}
-        return {name: values[name] for name in self._names}
+        return {name: values[name].numpy() for name in self._names}
 
     def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
         import numpy as np
 
         return np.ascontiguousarray(values, np.int32 if self._types[name][0] == "tensor(int32)" else np.int64)
 
-    def _empty(self, batch: int) -> np.ndarray:
+    def _empty(self, batch: int) -> Any:
+        """The cache of a layer before any token, as an OrtValue: numpy has no bfloat16 for the session to return."""
+        import ml_dtypes
         import numpy as np
 
         assert self._layout is not None
-        return np.empty((batch, self._layout.kv_heads, 0, self._layout.head_dim), self._layout.dtype)
+        dtype = np.dtype(getattr(ml_dtypes, self._layout.dtype, self._layout.dtype))
+        return _ort_value(np.empty((batch, self._layout.kv_heads, 0, self._layout.head_dim), dtype))
+
+
+def _ort_value(array: np.ndarray) -> Any:
+    """An OrtValue over the array's own memory."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    element = int(ir.DataType.from_numpy(array.dtype))
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
 
 
 def _keep_outputs(model: ir.Model, names: Sequence[str]) -> None:

@@ -95,6 +95,33 @@ class TestObserving:
         assert [part.shape[1] for part in parts] == [12, 1, 1, 1, 1]
         np.testing.assert_allclose(np.concatenate(parts, axis=1), whole[name], atol=1e-3)
 
+    def test_keeps_a_cache_in_bfloat16(self, graph_artifact):
+        """Every step sees the tokens so far, which the cache holds."""
+        from pipeline import CacheLayout
+
+        text = """<ir_version: 10, opset_import: ["" : 18]>
+            g (int64[b, s] tokens, bfloat16[b, 1, p, 1] past_k, bfloat16[b, 1, p, 1] past_v)
+            => (float[b, 1, t, 1] logits, bfloat16[b, 1, t, 1] present_k, bfloat16[b, 1, t, 1] present_v) {
+                axes = Constant <value_ints: ints = [1, 3]> ()
+                heads = Unsqueeze (tokens, axes)
+                new = Cast <to: int = 16> (heads)
+                present_k = Concat <axis: int = 2> (past_k, new)
+                present_v = Concat <axis: int = 2> (past_v, new)
+                logits = Cast <to: int = 1> (present_k)
+            }"""
+        made = graph_artifact(text)
+        roles = {f"{when}.{part}[0]": f"{when}_{part}" for when in ("past", "present") for part in "kv"}
+        interface = Interface(
+            task="causal-lm",
+            inputs={"tokens": "tokens"} | {k: v for k, v in roles.items() if k.startswith("past")},
+            outputs={"logits": "logits"} | {k: v for k, v in roles.items() if k.startswith("present")},
+            cache=CacheLayout(layers=1, kv_heads=1, head_dim=1, dtype="bfloat16"),
+        )
+        artifact = Artifact(made.manifest.model_copy(update={"interface": interface}), made.blobs)
+        tokens = np.arange(8)[None]
+        seen = [v["logits"].ravel().tolist() for v in observe(artifact, ["logits"], tokens, threads=1, decode=True)]
+        assert seen == [list(range(length)) for length in (4, 5, 6, 7, 8)]
+
     def test_covers_all_samples_run_by_run(self, reading_llama, context, monkeypatch):
         from passes.quantize import calibration
 
