@@ -111,7 +111,7 @@ def read_past_run(name: str, runs: Path) -> PastRun:
         try:
             plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
             _ = [(stage["name"], stage["ingredients"]) for stage in plan["stages"]]  # type: ignore[index]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise RecipeError(f"{folder / 'plan.json'} is damaged") from None
     return PastRun(folder, report, load_recipe(recipe), plan)
 

@@ -148,6 +148,7 @@ def test_a_part_of_a_recipe_is_done_again_as_that_part(cli: Cli, ran: Path) -> N
     [
         (lambda f: (f / "recipe.yaml").unlink(), "has no recipe.yaml"),
         (lambda f: (f / "plan.json").write_text("{}"), "plan.json is damaged"),
+        (lambda f: (f / "plan.json").write_text("[" * 100_000 + "]" * 100_000), "plan.json is damaged"),
         (lambda f: (f / "report.json").write_text("{}"), "is not a report that this version reads"),
         (lambda f: (f / "recipe.yaml").write_text("version: 1\nnme: r\n"), "unknown key 'nme'"),
     ],
