@@ -7,8 +7,8 @@ nights share no rounds: they are shown side by side and called unpaired.
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from pipeline.artifact import Frozen
 from pipeline.errors import HostError, RecipeError
 from pipeline.events import Events
 from pipeline.hardware import describe_host
+from pipeline.hardware.probe import probe_folder
 from pipeline.plan import Plan, digest_of, select_stages
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.report.build import installed_packages
@@ -122,6 +123,11 @@ def compare_here(past: PastRun, store: Store) -> Reproduction:
     Raises: RecipeError where the recipe cannot be planned any more.
     """
     notes = []
+    if past.recipe.model.trust_remote_code:
+        notes.append(
+            f"trust_remote_code: true: doing it again runs Python files that {past.recipe.model.source} brings, "
+            "as the recipe says"
+        )
     if past.plan is None:
         notes.append("plan.json is missing: passes, parameters and model files were not compared")
     plan: Plan | None = None
@@ -163,14 +169,15 @@ def reproduce(
 
     if not fresh:
         return _compared(past, before, again(store))
-    runs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".reproduce-", dir=runs) as folder:
-        return _compared(past, before, again(Store(Path(folder))))
+    with store.staging() as folder:  # if this process dies, whoever next uses the store removes it
+        if (probed := probe_folder(store.root)).is_dir():  # the same profile, for passes that go by what was measured
+            shutil.copytree(probed, probe_folder(folder))
+        return _compared(past, before, again(Store(folder)))
 
 
 def _compared(past: PastRun, before: Reproduction, result: RunResult) -> Reproduction:
     deterministic = _deterministic(result.folder)
-    artifacts = tuple(_artifacts(past.report, result.report, deterministic))
+    artifacts = tuple(_artifacts(past.report, result.report, deterministic, result.made))
     unlike = any(a.outcome == "differs" and a.deterministic for a in artifacts)
     code = result.exit_code or (1 if unlike and not before.differences else 0)
     return before.model_copy(
@@ -257,7 +264,9 @@ def _deterministic(folder: Path) -> dict[str, bool]:
     return {stage["name"]: stage["deterministic"] for stage in plan["stages"]}
 
 
-def _artifacts(then: Report, now: Report, deterministic: Mapping[str, bool]) -> Iterator[ArtifactOutcome]:
+def _artifacts(
+    then: Report, now: Report, deterministic: Mapping[str, bool], made: Collection[str]
+) -> Iterator[ArtifactOutcome]:
     for stage, old, new in _both(then, now):
         a, b = (s.artifact.digest if s and s.artifact else None for s in (old, new))
         if a is None and b is None:
@@ -265,9 +274,13 @@ def _artifacts(then: Report, now: Report, deterministic: Mapping[str, bool]) -> 
         outcome: Literal["same", "differs", "missing", "new"] = (
             "missing" if b is None else "new" if a is None else "same" if a == b else "differs"
         )
-        made = new is not None and new.status != "cached"
         yield ArtifactOutcome(
-            stage=stage, then=a, now=b, outcome=outcome, made=made, deterministic=deterministic.get(stage, True)
+            stage=stage,
+            then=a,
+            now=b,
+            outcome=outcome,
+            made=stage in made,
+            deterministic=deterministic.get(stage, True),
         )
 
 

@@ -36,6 +36,8 @@ class RunResult:
     report: Report
     folder: Path
     exit_code: int
+    made: frozenset[str] = frozenset()
+    """Stages that ran, and did not come from the store, whatever became of their measurement."""
 
 
 def run(
@@ -112,7 +114,8 @@ def run(
         report = report.model_copy(update=changes)
         _write(folder.path, recipe, plan, measured, report)
         register_run(store, folder.finished, recipe.name, {name: a.digest for name, a in artifacts.items()})
-    return RunResult(report=report, folder=folder.finished, exit_code=code)
+    made = frozenset(name for name, result in results.items() if result.status == "ran")
+    return RunResult(report=report, folder=folder.finished, exit_code=code, made=made)
 
 
 def exit_code(recipe: Recipe, report: Report) -> int:

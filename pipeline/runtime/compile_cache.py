@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pipeline.artifact import Artifact, canonical_json
 from pipeline.errors import HostError, PipelineError
 from pipeline.hardware.host import describe_host
 from pipeline.store.store import default_store_path
+from pipeline.store.writer import BLOBS
 
 COMPILERS = ("g++", "clang++")
 MOST_COMPILERS = 2
@@ -29,12 +31,19 @@ MOST_COMPILERS = 2
 TOOLCHAIN = "toolchain"
 
 
-def compile_cache_root() -> Path:
-    """The folder of all compiled kernels. It is made where it is not there.
+def compile_cache_root(artifact: Artifact | None = None) -> Path:
+    """The folder of all compiled kernels: in the artifact's store; in the default one where it lies in none.
+
+    It is made where it is not there.
 
     Raises: PipelineError where somebody else owns it or may write to it.
     """
-    root = default_store_path() / "compiled"
+    store = default_store_path()
+    if artifact is not None:
+        home = artifact.blobs.absolute()
+        if home.name == BLOBS and (home.parent / "artifacts").is_dir():  # an exported model's folder is no store
+            store = home.parent
+    root = store / "compiled"
     root.parent.mkdir(parents=True, exist_ok=True)
     return private_folder(root)
 
@@ -46,7 +55,7 @@ def artifact_cache(artifact: Artifact, *, threads: int, version: str) -> Path:
     """
     facets = describe_host().facets()
     own = {"artifact": artifact.digest, "threads": threads, "version": version, "host": facets}
-    return compile_cache_root() / hashlib.sha256(canonical_json(own)).hexdigest()
+    return compile_cache_root(artifact) / hashlib.sha256(canonical_json(own)).hexdigest()
 
 
 def forget(folder: Path) -> bool:
@@ -81,16 +90,42 @@ def private_folder(path: Path) -> Path:
     return path
 
 
+def _kernel_folder(path: Path) -> Path:
+    """A private folder inside the root of compiled code, where one that torch made anew is closed to others again.
+
+    A cold load takes the folder away, and another process that compiles just then has torch make it again, as the
+    umask says. Nobody else could come that far: the root is for its owner alone.
+
+    Raises: PipelineError where the root is not private, or what lies there is a link or somebody else's.
+    """
+    if os.name == "posix" and _is_mine(path.parent, 0o077) and _is_mine(path, 0):
+        with suppress(FileNotFoundError):  # taken away just now
+            path.chmod(0o700)
+    return private_folder(path)
+
+
+def _is_mine(path: Path, forbidden: int) -> bool:
+    """Whether it is a folder, no link, of this user, with none of the `forbidden` bits in its mode."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & forbidden
+
+
 def require_compiler() -> None:
     """Raises: HostError where there is no C++ compiler."""
     if not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
         raise HostError("torch.compile needs a C++ compiler and this host has neither g++ nor clang++; install one")
 
 
-def prepare_toolchain() -> None:
-    """Import torch's compiler and find out what the C++ compiler can do. Compiles a few lines, once a machine."""
+def prepare_toolchain(root: Path) -> None:
+    """Import torch's compiler and find out what the C++ compiler can do. Compiles a few lines, once a store.
+
+    `root` is the folder of all compiled kernels.
+    """
     require_compiler()
-    folder = private_folder(compile_cache_root() / TOOLCHAIN)
+    folder = _kernel_folder(root / TOOLCHAIN)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # before the import, which would make one elsewhere
     os.environ["TORCH_WARM_POOL"] = "0"  # no pool of processes beside the one that is measured
     import_module("torch._inductor.compile_fx")
@@ -112,7 +147,7 @@ def use(folder: Path, *, device: str, threads: int) -> None:
 
     Raises: PipelineError where others may write to it; HostError where there is no C++ compiler.
     """
-    prepare_toolchain()
+    prepare_toolchain(folder.parent)
     from torch._inductor import config
 
     if device == "cpu":
@@ -123,4 +158,6 @@ def use(folder: Path, *, device: str, threads: int) -> None:
         config.compile_threads = min(threads, MOST_COMPILERS)
     else:
         config.compile_threads = 1
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(folder))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_kernel_folder(folder))
+    with suppress(OSError):  # another process's cold load took it away; torch makes it again
+        os.utime(folder)  # garbage collection counts from there

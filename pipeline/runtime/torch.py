@@ -142,7 +142,7 @@ class TorchRunner:
         if held < described * LEAST_SHARE:
             raise PipelineError(f"config.json describes {described:,} parameters and the weights hold {held:,}")
         if Execution.of(artifact).compilation is not None:
-            compile_cache.prepare_toolchain()
+            compile_cache.prepare_toolchain(compile_cache.compile_cache_root(artifact))
 
     @classmethod
     def forget_compiled(cls, artifact: Artifact, spec: ExecutionSpec) -> bool:

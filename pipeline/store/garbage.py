@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,6 +22,9 @@ from pipeline.store.store import Store
 DAY_S = 24 * 60 * 60
 REMEMBERED_DAYS = 90
 """Results and digests that nobody asked for in so long are forgotten; having them again costs time and nothing else."""
+
+KERNELS_DAYS = 30
+"""Compiled kernels that no process took up in so long are removed; having them again costs a compilation."""
 
 HALF_WRITTEN_S = 60 * 60
 """A file written aside and not renamed after so long has lost its writer."""
@@ -84,6 +88,7 @@ class _Sweep:
         self._references(kept)
         self._locks()
         self._by_age()
+        self._kernels()
         self._folders()
         kept_for = {why: len(digests & kept.keys()) for why, digests in roots.items()}
         kept_for["used lately"] = len(kept.keys() - set().union(*roots.values()))
@@ -178,6 +183,25 @@ class _Sweep:
         for path in paths:
             if path.is_file() and self.now_s - _mtime(path) > age_s:
                 self._remove(kind, path)
+
+    def _kernels(self) -> None:
+        """Folders of compiled kernels; a process that runs them has them mapped and goes on.
+
+        What a process that forgot them left behind has a name that begins with a dot.
+        """
+        compiled = self.root / "compiled"
+        for folder in sorted(compiled.iterdir()) if compiled.is_dir() and not compiled.is_symlink() else []:
+            age_s = self.now_s - _mtime(folder)
+            if re.fullmatch(r"[0-9a-f]{64}", folder.name):
+                old = age_s > KERNELS_DAYS * DAY_S
+            else:
+                old = folder.name.startswith(".") and age_s > HALF_WRITTEN_S
+            if not old or folder.is_symlink() or not folder.is_dir():
+                continue
+            size = sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
+            if not self.dry_run:
+                shutil.rmtree(folder, ignore_errors=True)
+            self._note("compiled kernels", size)
 
     def _folders(self) -> None:
         """Folders that became empty, the innermost first."""

@@ -48,8 +48,8 @@ def verify_store(
     """Read every blob, referenced file, manifest and record.
 
     What is damaged is not trusted by any run from then on, whatever its time of modification says: a stage that needs
-    it is made again. With `delete` it is removed from the store, with the artifacts and records that need it; files
-    outside the store are never touched.
+    it is made again. With `delete` it is removed from the store, with the artifacts and records that need it, pinned
+    ones and those in use, too; what was mended while this read stays, and files outside the store are never touched.
     """
     check = _Check(store, on_progress)
     check.records()
@@ -74,6 +74,7 @@ class _Check:
         self.keys: dict[str, set[Path]] = defaultdict(set)  # artifact -> its records
         self.users: dict[tuple[str, str | None], set[str]] = defaultdict(set)  # (digest, path) -> artifacts
         self.entries: dict[tuple[str, str | None], FileEntry] = {}
+        self.faulty: dict[Path, tuple[str, str | None]] = {}  # what was found damaged, by the path that is told
         self.artifacts = self.count = self.bytes_read = 0
 
     def records(self) -> None:
@@ -113,11 +114,12 @@ class _Check:
             entry = self.entries[digest, outside]
             path = Path(entry.path) if entry.path else blob_path(self.store.blobs, digest)
             self.on_progress(str(path))
-            fault = self._read(path, entry)
+            fault = self._fault(entry)
             if fault is None:
                 continue
             if not any(self.store.place("artifacts", user).exists() for user in users):
                 continue  # collected meanwhile
+            self.faulty[path] = (digest, outside)
             self._damaged("file outside" if outside else "blob", path, *fault, users)
         self._unnamed()
 
@@ -128,7 +130,21 @@ class _Check:
                 continue
             entry = FileEntry(digest=path.name, size_bytes=path.stat().st_size)
             if fault := self._read(path, entry):
+                self.faulty[path] = (path.name, None)
+                self.entries[path.name, None] = entry
                 self._damaged("blob", path, *fault, ())
+
+    def _fault(self, entry: FileEntry) -> tuple[Fault, str] | None:
+        """What is wrong with the file that the store takes for `entry`: its blob, or where its contents are today."""
+        if entry.path is None:
+            return self._read(blob_path(self.store.blobs, entry.digest), entry)
+        read = None
+        while (found := self.store.find_reference(entry)) is not None:
+            fault = self._read(Path(found.path or ""), entry)
+            if fault is None or found == read:  # still trusted for its time of modification, with other bytes
+                return fault
+            read = found  # its digest was forgotten: the store now looks at its bytes, then elsewhere
+        return self._read(Path(entry.path), entry)
 
     def _read(self, path: Path, entry: FileEntry) -> tuple[Fault, str] | None:
         self.count += 1
@@ -147,15 +163,45 @@ class _Check:
             return "unreadable", str(error.strerror)
 
     def delete(self) -> int:
-        """Remove what is damaged inside the store, and the manifests and records that need it."""
-        doomed: set[Path] = set()
+        """Remove what is damaged inside the store, and the manifests and records that need it.
+
+        Reading took a while, and a run may have made something again meanwhile: all is looked at anew while nobody
+        can publish.
+        """
         with gate(self.store.root, alone=True):
-            for damage in self.damages:
-                if damage.kind != "file outside":
-                    doomed.add(Path(damage.path))
-                for artifact in damage.artifacts:
-                    doomed |= {self.store.place("artifacts", artifact), *self.keys[artifact]}
+            damages = [damage for damage in self.damages if self._is_still(damage)]
+            faulty = {self.faulty[path] for d in damages if (path := Path(d.path)) in self.faulty}
+            doomed = {Path(damage.path) for damage in damages if damage.kind != "file outside"}
+            for artifact in {artifact for damage in damages for artifact in damage.artifacts}:
+                path = self.store.place("artifacts", artifact)
+                if not self._is_whole(path, faulty):
+                    doomed |= {path, *(key for key in self.keys[artifact] if _names(key, artifact))}
             return sum(_unlink(path) for path in doomed)
+
+    def _is_still(self, damage: Damage) -> bool:
+        path = Path(damage.path)
+        if path in self.faulty:
+            entry = self.entries[self.faulty[path]]
+            if damage.artifacts or path.exists():
+                return self._fault(entry) is not None
+            return False
+        if damage.kind == "record":
+            try:
+                StageRecord.model_validate_json(path.read_bytes())
+            except FileNotFoundError:
+                return False
+            except ValidationError:
+                return True
+            return False
+        return not self._is_whole(path, set())
+
+    def _is_whole(self, path: Path, faulty: set[tuple[str, str | None]]) -> bool:
+        """Whether a manifest is what its name says, and needs nothing that is damaged."""
+        try:
+            manifest = Manifest.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return False
+        return manifest.digest() == path.stem and not any((e.digest, e.path) in faulty for _, e in manifest.entries())
 
     def _damaged(
         self, kind: Kind, path: Path, fault: Fault, detail: str, artifacts: set[str] | tuple[str, ...]
@@ -175,6 +221,14 @@ class _Check:
 
 def _json_files(folder: Path) -> Iterator[Path]:
     yield from sorted(p for p in folder.glob("*/*.json") if not p.name.startswith("."))
+
+
+def _names(path: Path, artifact: str) -> bool:
+    """Whether a record still names that artifact: its stage may have been run again."""
+    try:
+        return StageRecord.model_validate_json(path.read_bytes()).artifact == artifact
+    except (FileNotFoundError, ValidationError):
+        return False
 
 
 def _unlink(path: Path) -> bool:

@@ -88,7 +88,7 @@ class Store:
                 write_atomically(self.place("references", digest), json.dumps([*known, str(path)][-8:]).encode())
         return FileEntry(digest=digest, size_bytes=stat.st_size, path=str(path), mtime_ns=stat.st_mtime_ns)
 
-    def _find_reference(self, entry: FileEntry) -> FileEntry | None:
+    def find_reference(self, entry: FileEntry) -> FileEntry | None:
         """`entry` with a path where its contents are today: its own, else another where they were seen."""
         for candidate in dict.fromkeys([str(entry.path), *self._places_seen(entry.digest)]):
             path = Path(candidate)
@@ -142,7 +142,7 @@ class Store:
                 if fault := self._blob_fault(entry):
                     return f"the blob of {name.replace(entry.digest, entry.digest[:12])} {fault}"
                 continue
-            found = self._find_reference(entry)
+            found = self.find_reference(entry)
             if found is None:
                 return f"{name} refers to {entry.path}, which was changed, moved or removed"
             if found != entry:
@@ -190,7 +190,7 @@ class Store:
             fsync_folder(target.parent)
             self._digests.remember(target, target.name)
         for name, entry in manifest.entries():
-            if self._find_reference(entry) is None if entry.path else self._blob_fault(entry):
+            if self.find_reference(entry) is None if entry.path else self._blob_fault(entry):
                 place = entry.path or "the store"
                 raise StageError(f"the artifact names {name}, which is not in {place} as the artifact describes it")
         digest = manifest.digest()

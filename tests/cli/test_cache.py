@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from pipeline.store import Store
+from pipeline.store import Store, integrity
+from pipeline.store.leases import gate
 
 pytestmark = pytest.mark.usefixtures("plugins", "store")
 
@@ -179,6 +182,109 @@ def test_a_changed_checkpoint_is_told_and_never_deleted(cli: Cli, tmp_path: Path
     assert "needed by m/mark, m/source" in out
     assert file.read_bytes() == bytes(data)
     assert rows(cli) == {}
+
+
+@pytest.fixture
+def moved(cli: Cli, tmp_path: Path, checkpoint: Path) -> tuple[Path, Path]:
+    """Where a model was when it was first run, and where it was used from after it was moved."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(checkpoint, old)
+    recipe = tmp_path / "moving.yaml"
+    for place in (old, new):
+        if place == new:
+            old.rename(new)
+        recipe.write_text(f"version: 1\nname: m\nmodel: {{path: {place}}}\npasses: [{{pass: mark}}]\n")
+        assert cli("run", recipe, "--no-measure")[0] == 0
+    return old, new
+
+
+def manifests(store: Store) -> set[Path]:
+    return set((store.root / "artifacts").rglob("*.json"))
+
+
+def test_a_model_that_was_moved_and_used_from_there_is_whole(cli: Cli, store: Store, moved: tuple[Path, Path]) -> None:
+    for path in manifests(store):  # as they were made before the move
+        path.write_text(path.read_text().replace(str(moved[1]), str(moved[0])))
+    before = manifests(store)
+    assert all(not isinstance(store.examine(path.stem), str) for path in before)
+    code, out, _ = cli("cache", "verify", "--delete")
+    assert (code, "nothing is damaged" in out) == (0, True)
+    assert manifests(store) == before
+
+
+def test_a_moved_model_whose_bytes_changed_is_told_and_its_artifacts_go(
+    cli: Cli, store: Store, moved: tuple[Path, Path]
+) -> None:
+    for path in manifests(store):
+        path.write_text(path.read_text().replace(str(moved[1]), str(moved[0])))
+    file = moved[1] / "model.safetensors"
+    damage(file, file.read_bytes()[:-1] + b"!", keep_time=True)
+    code, out, _ = cli("cache", "verify", "--delete")
+    assert code == 0
+    assert f"missing file outside: {moved[0] / 'model.safetensors'}" in out
+    assert manifests(store) == set()
+    assert file.exists()
+
+
+def test_what_was_mended_while_verify_read_is_not_deleted(
+    filled: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before = blob(store), manifests(store)
+    damage(path, b"SOME BYTES")
+    (broken,) = [p for p in before if json.loads(p.read_text())["lineage"]["stage"] == "mark"]
+    text = broken.read_text()
+    broken.write_text("{")
+
+    @contextmanager
+    def another_run_was_first(root: Path, *, alone: bool) -> Iterator[bool]:
+        damage(path, b"some bytes")
+        broken.write_text(text)
+        with gate(root, alone=alone) as held:
+            yield held
+
+    monkeypatch.setattr(integrity, "gate", another_run_was_first)
+    found = integrity.verify_store(store, delete=True)
+    assert (len(found.damages), found.deleted) == (2, 0)
+    assert manifests(store) == before
+    assert path.read_bytes() == b"some bytes"
+
+
+def test_a_record_that_names_another_artifact_by_now_is_not_deleted(
+    filled: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(blob(store), b"SOME BYTES")
+    rooms = {p: json.loads(p.read_text()) for p in (store.root / "stages").rglob("*.json")}
+    (record,) = [p for p, said in rooms.items() if said["stage"] == "write"]
+
+    @contextmanager
+    def another_run_was_first(root: Path, *, alone: bool) -> Iterator[bool]:
+        record.write_text(json.dumps({**rooms[record], "artifact": "0" * 64}))
+        with gate(root, alone=alone) as held:
+            yield held
+
+    monkeypatch.setattr(integrity, "gate", another_run_was_first)
+    assert integrity.verify_store(store, delete=True).deleted == 2  # the blob, the manifest
+    assert record.exists()
+
+
+def test_a_pinned_artifact_that_is_damaged_goes_too(cli: Cli, filled: Path, store: Store) -> None:
+    assert cli("cache", "pin", "r/write")[0] == 0
+    damage(blob(store), b"SOME BYTES")
+    assert cli("cache", "verify", "--delete")[0] == 0
+    assert set(rows(cli)) == {"source", "mark"}
+
+
+def test_gc_removes_kernels_that_were_not_used_for_long(cli: Cli, store: Store) -> None:
+    compiled = store.root / "compiled"
+    ages = {"a" * 64: 31, "b" * 64: 29, "toolchain": 400, ".0123456789abcdef": 1, "mine": 400}
+    for name, days in ages.items():
+        (compiled / name / "ab").mkdir(parents=True)
+        (compiled / name / "ab" / "kernel.so").write_bytes(bytes(500_000))
+        os.utime(compiled / name, (time.time() - days * 86_400,) * 2)
+    assert "would remove compiled kernels: 2, 1.0 MB" in cli("cache", "gc", "--dry-run")[1]
+    assert {p.name for p in compiled.iterdir()} == set(ages)
+    assert "removed compiled kernels: 2, 1.0 MB" in cli("cache", "gc")[1]
+    assert {p.name for p in compiled.iterdir()} == {"b" * 64, "toolchain", "mine"}
 
 
 def test_gc_keeps_what_a_runs_folder_needs_and_removes_it_with_the_folder(cli: Cli, filled: Path, store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pipeline import reproduce
+from pipeline.hardware.probe import probe_folder
 from pipeline.report.schema import Report
-from pipeline.reproduce import FigureOutcome, _figures
+from pipeline.reproduce import FigureOutcome, _artifacts, _figures
+from pipeline.run import run
+from pipeline.store import Store
 
 pytestmark = pytest.mark.usefixtures("plugins", "store")
 
@@ -80,6 +85,43 @@ def test_from_the_store_nothing_is_proved_and_that_is_said(cli: Cli, ran: Path) 
     code, out, _ = cli("reproduce", ran, "--no-measure", "--cached")
     assert code == 0
     assert "same, from the store" in out
+
+
+def test_a_cached_stage_that_could_not_be_measured_was_not_made(ran: Path) -> None:
+    report = Report.model_validate_json((ran / "report.json").read_text())
+    stages = tuple(s.model_copy(update={"status": "unmeasured"}) for s in report.stages)
+    found = {a.stage: a.made for a in _artifacts(report, report.model_copy(update={"stages": stages}), {}, {"write"})}
+    assert found == {"source": False, "mark": False, "write": True}
+
+
+def test_the_store_that_is_thrown_away_knows_what_the_host_was_measured_to_do(
+    cli: Cli, ran: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_folder(store.root).mkdir(parents=True)
+    (probe_folder(store.root) / "host.json").write_text("{}")
+    seen = []
+
+    def look(recipe: object, *, store: Store, **options: object) -> object:
+        seen.append((store.root, [p.name for p in probe_folder(store.root).iterdir()]))
+        return run(recipe, store=store, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reproduce, "run", look)
+    assert cli("reproduce", ran, "--no-measure")[0] == 0
+    ((root, probed),) = seen
+    assert probed == ["host.json"]
+    assert root.parent == store.root / "tmp"  # where any process sweeps what a killed one left
+    assert not root.exists()
+
+
+def test_a_recipe_that_trusts_remote_code_is_announced(cli: Cli, ran: Path) -> None:
+    recipe = ran / "recipe.yaml"
+    assert "trust_remote_code: true" not in cli("reproduce", ran, "--plan")[1]
+    recipe.write_text(recipe.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    if "trust_remote_code: true" not in recipe.read_text():
+        text = re.sub(r"(?m)^model:\n", "model:\n  trust_remote_code: true\n", recipe.read_text())
+        recipe.write_text(text)
+    out = cli("reproduce", ran, "--plan")[1]
+    assert "trust_remote_code: true: doing it again runs Python files that" in out
 
 
 def test_a_plan_tells_the_differences_and_runs_nothing(cli: Cli, ran: Path) -> None:

@@ -65,3 +65,51 @@ def test_what_is_forgotten_is_gone(artifact: Artifact) -> None:
     (folder / "ab" / "kernel.so").write_bytes(b"code")
     assert compile_cache.forget(folder)
     assert list(folder.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [compile_cache.TOOLCHAIN, "ab" * 32])
+def test_a_folder_that_torch_made_again_is_closed_to_others(name: str) -> None:
+    folder = compile_cache.compile_cache_root() / name
+    folder.mkdir()
+    folder.chmod(0o775)
+    assert compile_cache._kernel_folder(folder) == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_kernels_is_not_closed_where_others_could_reach_it() -> None:
+    folder = compile_cache.compile_cache_root() / "kernels"
+    folder.mkdir()
+    folder.chmod(0o775)
+    folder.parent.chmod(0o755)
+    with pytest.raises(PipelineError, match="others than its owner may have written there"):
+        compile_cache._kernel_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o775
+
+
+def test_a_link_among_the_kernels_is_refused_and_what_it_points_to_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere").chmod(0o775)
+    folder = compile_cache.compile_cache_root() / "kernels"
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PipelineError, match="it is not run"):
+        compile_cache._kernel_folder(folder)
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o775
+
+
+def test_kernels_of_somebody_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = compile_cache.compile_cache_root() / "kernels"
+    folder.mkdir()
+    folder.chmod(0o775)
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(PipelineError, match="it is not run"):
+        compile_cache._kernel_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o775
+
+
+def test_kernels_lie_in_the_store_of_their_artifact(artifact: Artifact, store: Path, tmp_path: Path) -> None:
+    another = tmp_path / "another"
+    (another / "artifacts").mkdir(parents=True)
+    kept = Artifact(artifact.manifest, another / "blobs")
+    assert compile_cache.artifact_cache(kept, threads=1, version="1").parent == another / "compiled"
+    exported = Artifact(artifact.manifest, tmp_path / "model")
+    assert compile_cache.artifact_cache(exported, threads=1, version="1").parent == store / "compiled"
