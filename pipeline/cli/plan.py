@@ -70,11 +70,10 @@ def plan_verb(
 
 
 def memory_to_make_and_run(memory: PredictedMemory | None) -> tuple[str, str]:
-    """Estimates as text. To run counts the weights that are mapped, too."""
+    """Estimates as text, of the memory that a run measures: pages of mapped files are not in it."""
     if memory is None:
         return "–", "–"
-    to_run = None if memory.inference_bytes is None else memory.inference_bytes + (memory.mapped_bytes or 0)
-    return _size(memory.conversion_bytes), _size(to_run)
+    return _size(memory.conversion_bytes), _size(memory.inference_bytes)
 
 
 def _size(size: int | None) -> str:

@@ -9,6 +9,9 @@ import typer
 
 from pipeline.cli.options import JsonOption
 
+HTML = (".html", ".htm")
+MARKDOWN = (".md", ".markdown")
+
 
 def report_verb(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or a recipe's name: its latest run.")],
@@ -16,7 +19,10 @@ def report_verb(
     markdown: Annotated[bool, typer.Option("--markdown", help="Markdown, as GitHub shows it.")] = False,
     json: JsonOption = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to FILE instead of printing.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write to FILE instead of printing; .html, .md or .json say how."
+        ),
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs' results.")] = Path("runs"),
 ) -> None:
@@ -29,6 +35,8 @@ def report_verb(
 
     if sum((html, markdown, json)) > 1:
         raise RecipeError("--html, --markdown and --json exclude each other")
+    if output is not None and not (html or markdown or json):  # the file's ending says what it should hold
+        html, markdown, json = (output.suffix.lower() in endings for endings in (HTML, MARKDOWN, (".json",)))
     report = read_report(run, runs)
     if html:
         from pipeline.report.html import render_html

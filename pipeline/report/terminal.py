@@ -63,6 +63,9 @@ def _head(report: Report) -> RenderableType:
         f"measured on {escape(str(report.host.get('cpu_model')))}, {report.threads} threads; "
         f"target {escape(str(report.hardware.get('name')))}",
     ]
+    if report.cell is not None:
+        said = ", ".join(f"{key}={value}" for key, value in report.cell.overrides.items())
+        lines.append(f"cell {report.cell.index} of a matrix of {report.cell.of}: {escape(said)}")
     lines += [f"note: {escape(note)}" for note in report.notes]
     return Text.from_markup("\n".join(lines))
 

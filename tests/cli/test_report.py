@@ -49,6 +49,8 @@ def test_each_form_is_printed_as_it_was_written(option: str, file: str, cli: Cli
 
 @pytest.mark.usefixtures("ran")
 def test_a_report_is_written_to_a_file(cli: Cli) -> None:
+    assert cli("report", "r", "--output", "guessed.md") == (0, "", "")
+    assert (Path("guessed.md")).read_text().startswith("# ")
     assert cli("report", "r", "--html", "--output", "page.html") == (0, "", "")
     assert Path("page.html").read_text() == latest("report.html")
     assert cli("report", "r", "-o", "page.txt") == (0, "", "")
