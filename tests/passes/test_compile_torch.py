@@ -113,14 +113,14 @@ class TestVerification:
 
     @pytest.mark.parametrize("params", [{}, {"cache": "static", "dtype": "float32", "fullgraph": True}])
     def test_compiles_and_compares_and_leaves_the_kernels_for_the_measurement(
-        self, bench, llama, compiled_store, caplog, params: dict[str, Any]
+        self, bench, llama, caplog, params: dict[str, Any]
     ):
         caplog.set_level(logging.INFO)
         bench.run(CompileTorch, llama, **params)
         assert "2 graphs compiled, 0 graph breaks" in caplog.text
         for phase in ("prefill", "decode", "score"):
             assert f"{phase}: largest error" in caplog.text
-        assert len(list(compiled_store.glob("compiled/*/*/*.so"))) > 0
+        assert len(list(bench.store.root.glob("compiled/*/*/*.so"))) > 0
 
     def test_refuses_a_model_that_computes_something_else(self, bench, llama, monkeypatch):
         monkeypatch.setitem(compile_torch.TOLERANCES, "bfloat16", 1e-9)
