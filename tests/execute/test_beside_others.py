@@ -16,6 +16,8 @@ import pytest
 from pipeline.store import Store
 from pipeline.store.garbage import collect_garbage
 
+pytestmark = pytest.mark.slow
+
 WAITING = """
 import os, time
 from pathlib import Path
