@@ -224,8 +224,9 @@ class Evaluation:
             stages,
             Workload(
                 prompt_lengths=tuple(wanted.prompt_lengths),
-                new_tokens=wanted.new_tokens,
+                new_tokens=tuple(wanted.new_token_counts),
                 batch_sizes=tuple(wanted.batch_sizes),
+                forward=None if wanted.forward is None else tuple((b, length) for b, length in wanted.forward),
             ),
             baseline=self.recipe.evaluate.baseline,
             budget_s=self.recipe.evaluate.budget_s,

@@ -170,10 +170,18 @@ def make_plan(
 
 def _check_workload(recipe: Recipe, source: Source) -> None:
     wanted = recipe.evaluate.workload
-    longest = max(wanted.prompt_lengths)
-    if source.max_length is not None and longest + wanted.new_tokens > source.max_length:
+    if wanted.forward is not None:
+        longest = max(length for _, length in wanted.forward)
+        if source.max_length is not None and longest > source.max_length:
+            raise RecipeError(
+                f"a sequence of {longest} tokens takes as many positions; the model has {source.max_length}",
+                location=recipe.location("evaluate", "workload", "forward"),
+            )
+        return
+    prompt, new = max(wanted.prompt_lengths), max(wanted.new_token_counts)
+    if source.max_length is not None and prompt + new > source.max_length:
         raise RecipeError(
-            f"a prompt of {longest} and {wanted.new_tokens} new tokens take {longest + wanted.new_tokens} positions; "
+            f"a prompt of {prompt} and {new} new tokens take {prompt + new} positions; "
             f"the model has {source.max_length}",
             location=recipe.location("evaluate", "workload", "prompt_lengths"),
         )
@@ -378,7 +386,11 @@ def _predictions(
 ) -> tuple[dict[str, PredictedMemory], dict[str, int], list[str]]:
     """(memory of each stage, bytes that it writes, why a pass could not foresee its own)."""
     wanted = recipe.evaluate.workload
-    loads = [Load(b, p, wanted.new_tokens) for b in wanted.batch_sizes for p in wanted.prompt_lengths]
+    if wanted.forward is not None:
+        loads = [Load(batch, length, 0) for batch, length in wanted.forward]
+    else:
+        longest = max(wanted.new_token_counts)
+        loads = [Load(b, p, longest) for b in wanted.batch_sizes for p in wanted.prompt_lengths]
     predicted: dict[str, PredictedMemory] = {}
     sizes: dict[str, ModelSize] = {}
     writes: dict[str, int] = {}

@@ -130,12 +130,51 @@ class Cross(Part):
     )
 
 
-class Workload(Part):
-    """What the runners are asked to do: every combination of prompt length and batch size."""
+Count = Annotated[int, Field(ge=1)]
 
-    prompt_lengths: list[Annotated[int, Field(ge=1)]] = Field([128], min_length=1, description="tokens")
-    new_tokens: int = Field(64, ge=1, description="decoded tokens after each prompt")
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1, description="sequences at once")
+
+class Workload(Part):
+    """What the runners are asked to do: every combination of prompt length, batch size and new tokens, or `forward`."""
+
+    prompt_lengths: list[Count] = Field([128], min_length=1, description="tokens")
+    new_tokens: Count | Annotated[list[Count], Field(min_length=1)] = Field(
+        64, description="decoded tokens after each prompt; a list: each number in turn"
+    )
+    batch_sizes: list[Count] = Field([1], min_length=1, description="sequences at once")
+    forward: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] | None = Field(
+        None, description="[batch, length] of whole passes without a cache, instead of prompts and new tokens"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Workload:
+        others = sorted(self.model_fields_set - {"forward"})
+        if self.forward is not None and others:
+            raise ValueError(f"forward stands alone: it does not go with {', '.join(others)}")
+        return self
+
+    @property
+    def new_token_counts(self) -> list[int]:
+        return self.new_tokens if isinstance(self.new_tokens, list) else [self.new_tokens]
+
+
+class Thresholds(Part):
+    """Where a quality verdict begins. `broken` ends a run with exit code 1; `equivalent` is as good as the baseline."""
+
+    broken_perplexity_ratio: float = Field(2.0, gt=1, description="broken: the perplexity ratio exceeds it")
+    broken_top1_agreement: float = Field(
+        0.5, ge=0, le=1, description="broken: less agreement, together with a divergence beyond broken_kl_divergence"
+    )
+    broken_kl_divergence: float = Field(0.1, ge=0, description="nats; see broken_top1_agreement")
+    equivalent_perplexity_ratio: float = Field(
+        1.01, gt=1, description="equivalent: the ratio's interval lies between its inverse and it"
+    )
+    equivalent_kl_divergence: float = Field(0.01, ge=0, description="nats; equivalent: the divergence is at most that")
+    broken_random_agreement: float = Field(
+        0.1, ge=0, le=1, description="random weights: broken where fewer of the most likely tokens agree"
+    )
+    equivalent_random_agreement: float = Field(
+        0.99, ge=0, le=1, description="random weights: equivalent where so many agree"
+    )
 
 
 class Quality(Part):
@@ -145,6 +184,7 @@ class Quality(Part):
     window: int = Field(512, ge=2, description="tokens of one forward pass")
     stride: int = Field(256, ge=1, description="tokens between the beginnings of two windows")
     tokens: int = Field(20000, ge=2, description="at most so many tokens are scored")
+    thresholds: Thresholds = Field(Thresholds(), description="where a verdict begins")
 
     @model_validator(mode="after")
     def _stride_within_window(self) -> Quality:
@@ -158,9 +198,23 @@ class Evaluation(Part):
 
     baseline: str = Field(SOURCE, description="the stage that the others are compared with")
     budget_s: float = Field(60.0, gt=0, description="seconds for the speed measurements of all stages together")
+    margin: float = Field(
+        0.01, gt=0, lt=1, description="speeds within this share of each other are equivalent; faster is beyond it"
+    )
+    looks: Annotated[list[Count], Field(min_length=1, max_length=4)] = Field(
+        [12, 30, 80, 200],
+        description="rounds after which it is looked whether all is decided: at most four, ascending; "
+        "one: exactly so many rounds, where the budget allows",
+    )
     threads: int | None = Field(None, ge=1, description="default: the lesser of the profile's and the host's cores")
     workload: Workload = Field(Workload(), description="what speed is measured on")
     quality: Quality = Field(Quality(), description="what predictions are compared on")
+
+    @model_validator(mode="after")
+    def _looks_ascend(self) -> Evaluation:
+        if any(a >= b for a, b in zip(self.looks, self.looks[1:], strict=False)):
+            raise ValueError(f"looks have to ascend; got {self.looks}")
+        return self
 
 
 class RecipeModel(Part):

@@ -109,7 +109,7 @@ def build_report(
         threads=plan.threads,
         notes=(*plan.notes, *measured.notes),
         baseline=recipe.evaluate.baseline,
-        noise_floor=tuple(NoiseFloor(**f.model_dump(exclude={"new_tokens"})) for f in floors),
+        noise_floor=tuple(NoiseFloor(**{**f.model_dump(), "new_tokens": f.new_tokens or None}) for f in floors),
         stages=tuple(stages),
     )
     gates = tuple(
@@ -215,10 +215,7 @@ def _blobs(artifact: Artifact) -> set[str]:
 
 
 def _speed(point: SpeedPoint) -> Speed:
-    data = point.model_dump()
-    if point.kind != "decode":
-        data["new_tokens"] = None
-    return Speed.model_validate(data)
+    return Speed.model_validate({**point.model_dump(), "new_tokens": point.new_tokens or None})
 
 
 def _quality(quality: StageQuality) -> QualityFacts:

@@ -37,6 +37,12 @@ class Ratio(Part):
     low: float
     high: float
     verdict: Verdict
+    inside_floor: bool = Field(
+        False, description="whether the interval reaches into the noise floor, where no claim is made"
+    )
+    rounds_to_decide: int | None = Field(
+        None, description="inconclusive only: rounds in all that would decide, by the noise seen; null: no number would"
+    )
 
 
 class PlainRatio(Part):
@@ -47,18 +53,45 @@ class PlainRatio(Part):
     high: float | None
 
 
+PointKey = tuple[Kind, int, int, int | None]
+"""Kind, batch, prompt, new tokens: what tells one workload point from another."""
+
+
 class NoiseFloor(Part):
     """The baseline against itself, in separate processes: no claim is made inside this interval."""
 
     kind: Kind
     batch: int
     prompt: int
+    new_tokens: int | None = Field(None, description="decode only")
     ratio_low: float
     ratio_high: float
 
+    @property
+    def point(self) -> PointKey:
+        return self.kind, self.batch, self.prompt, self.new_tokens
+
+
+class Schedule(Part):
+    """How the rounds were planned before the first of them, and what became of the plan."""
+
+    budget_s: float
+    margin: float = Field(description="speeds within this share of each other are equivalent")
+    looks: tuple[int, ...] = Field(description="rounds after which it was looked whether all is decided; at most four")
+    looks_taken: int
+    rounds: int
+    launches: int
+    ended: Literal["decided", "looks", "budget"] = Field(
+        description="decided: every comparison had a verdict; looks: the last one was taken; budget: it was used up"
+    )
+
 
 class Speed(Part):
-    """One workload point. prefill: one whole prompt; decode: one token, averaged over `new_tokens`."""
+    """One workload point.
+
+    prefill: one whole prompt; decode: one token, averaged over `new_tokens`; forward: a whole batch through a graph,
+    whose `prompt` is the length of its sequences.
+    """
 
     kind: Kind
     batch: int = Field(description="sequences at once")
@@ -66,10 +99,17 @@ class Speed(Part):
     new_tokens: int | None = Field(None, description="tokens decoded after the prompt (decode only)")
     rounds: int
     launches: int = Field(description="times that the model's process was started anew")
+    outliers: int = Field(0, description="blocks far from the median of their launch: flagged, and never removed")
     tokens_per_s: Interval
-    latency_s: Interval = Field(description="seconds for one prompt (prefill) or one token of every sequence (decode)")
+    latency_s: Interval = Field(
+        description="seconds for one prompt (prefill), one token of every sequence (decode) or one pass (forward)"
+    )
     vs_baseline: Ratio | None = None
     vs_parent: Ratio | None = None
+
+    @property
+    def point(self) -> PointKey:
+        return self.kind, self.batch, self.prompt, self.new_tokens
 
 
 class Load(Part):
@@ -111,6 +151,14 @@ class PredictedMemory(Part):
     fits: bool | None = Field(None, description="whether inference fits into the target's memory; null: not known")
 
 
+class SlowNodes(Part):
+    """Nodes of one operator for which the runtime has no fast kernel at their settings."""
+
+    operator: str
+    count: int
+    reason: str
+
+
 class Effect(Part):
     """What the stage really changed, found by comparing its artifact with its parent's."""
 
@@ -120,22 +168,56 @@ class Effect(Part):
     rules: dict[str, tuple[int, int]] = Field(default_factory=dict, description="rule -> done, of")
     weights_quantized: tuple[int, int] | None = Field(None, description="done, of")
     weights_changed: tuple[int, int] | None = Field(None, description="torch: tensors with other bytes, of all")
+    casts: tuple[int, int] | None = Field(None, description="Cast nodes before, after; null for torch")
+    slow_nodes: tuple[SlowNodes, ...] = Field((), description="of the stage's own graph, whoever made them")
+    data_types: dict[str, tuple[int, int]] = Field(
+        default_factory=dict, description="weights by data type, before and after, where the number changed"
+    )
+    modules: dict[str, tuple[int, int]] = Field(
+        default_factory=dict, description="torch: modules by class, before and after, where the number changed"
+    )
+    parameters: tuple[int, int] | None = Field(None, description="numbers in the weights: before, after")
 
 
 class Target(Part):
+    """What the recipe's hardware profile could reach: computed, never measured."""
+
     decode_tokens_per_s_limit: float | None = None
+    prefill_tokens_per_s_limit: float | None = None
+    bound_by: Literal["memory", "arithmetic"] | None = Field(None, description="what limits decode there")
     fits: bool | None = None
 
 
 class Roofline(Part):
     """Bytes and operations counted from the artifact, against what the host can do. Computed, never measured."""
 
-    bytes_per_token: int | None = None
-    flops_per_token: int | None = None
-    mbu: float | None = None
-    mfu: float | None = None
-    flag: str | None = None
+    bytes_per_token: int | None = Field(None, description="read from memory for one decoded token of one sequence")
+    flops_per_token: int | None = Field(None, description="of one decoded token; a multiply-add counts two")
+    prefill_flops_per_token: int | None = Field(None, description="of one token of a prompt")
+    bandwidth_gb_per_s: float | None = Field(None, description="the host's, measured")
+    gflops: float | None = Field(None, description="the host's in compute_dtype, measured")
+    compute_dtype: str | None = Field(None, description="data type that most of the products compute in")
+    mbu: float | None = Field(None, description="share of the host's bandwidth that decode used")
+    mfu: float | None = Field(None, description="share of the host's arithmetic that prefill, or forward, used")
+    flag: str | None = Field(None, description="where it is far below its siblings: what to look at")
     target: Target | None = None
+
+
+class LayerError(Part):
+    """How far a layer's output is from the baseline's on the same tokens."""
+
+    layer: str
+    relative_error: float = Field(description="norm of the difference over the norm of the baseline's")
+
+
+class Divergence(Part):
+    """Where a stage's values leave the baseline's, layer by layer, for stages whose tensors can be matched."""
+
+    reference: str = Field(description="the stage that it was compared with")
+    tokens: int
+    layers: tuple[LayerError, ...]
+    first: str | None = Field(description="the first layer whose output diverged; null: none")
+    most: str | None = Field(description="the layer that added most")
 
 
 class QualityRatio(Part):
@@ -147,6 +229,7 @@ class QualityRatio(Part):
     max_abs_logit_error: float | None
     first_divergence: int | None = Field(description="first token of the sample text that differs; null: none")
     verdict: Quality
+    reason: str | None = Field(None, description="the figure and the threshold that decided the verdict")
 
 
 class QualityFacts(Part):
@@ -156,6 +239,17 @@ class QualityFacts(Part):
     sample_prompt: str | None = None
     sample_text: str | None = Field(None, description="greedy continuation of the prompt")
     vs_baseline: QualityRatio | None = None
+    divergence: Divergence | None = Field(None, description="where quality fell: the layers that it fell at")
+
+
+class BreakEven(Part):
+    """When the time that the optimization took is earned back, against running the baseline."""
+
+    cost_s: float = Field(description="making this stage and all that it was made from, when they were made")
+    tokens: int | None = Field(None, description="decoded (or forward) tokens that earn it back; null: never")
+    low: int | None = Field(None, description="with the end of the interval that is best for the stage")
+    high: int | None = Field(None, description="with the other; null: never")
+    kind: Kind
 
 
 class StageReport(Part):
@@ -173,8 +267,39 @@ class StageReport(Part):
     load: Load | None = None
     inference_peak_memory_bytes: int | None = Field(None, description="anonymous + shared, of the model's process")
     speed: tuple[Speed, ...] | None = Field(None, description="null: not measured in this run")
+    device_peak_memory_bytes: int | None = Field(None, description="of the CUDA allocator, where there is one")
     roofline: Roofline | None = None
     quality: QualityFacts | None = None
+    break_even: BreakEven | None = Field(None, description="null: it is not faster than the baseline, or not known")
+
+
+class PairedSpeed(Part):
+    """Speed with over speed without, at one workload point."""
+
+    kind: Kind
+    batch: int
+    prompt: int
+    new_tokens: int | None = None
+    ratio: Ratio
+
+
+class Contribution(Part):
+    """What a pass contributed: the whole chain against the chain without it, from the same rounds."""
+
+    stage: str = Field(description="the stage that was dropped")
+    variant: str | None = Field(description="the stage that ends the chain without it; null: it cannot be dropped")
+    reason: str | None = Field(None, description="why it cannot be dropped, or was not measured")
+    speed: tuple[PairedSpeed, ...] = ()
+    perplexity_ratio: float | None = Field(None, description="of the whole chain over that without the pass")
+    kl_divergence_change: float | None = None
+    size_bytes_change: int | None = Field(None, description="negative: the pass made it smaller")
+
+
+class Ablation(Part):
+    """Each pass of the chain that ends in `stage`, dropped in turn."""
+
+    stage: str
+    contributions: tuple[Contribution, ...]
 
 
 class GateResult(Part):
@@ -224,9 +349,11 @@ class Report(Part):
     threads: int
     notes: tuple[str, ...] = Field((), description="what a reader should know before believing the figures")
     baseline: str
+    schedule: Schedule | None = Field(None, description="null: speed was not measured")
     noise_floor: tuple[NoiseFloor, ...] = ()
     stages: tuple[StageReport, ...]
     gates: tuple[GateResult, ...] = ()
+    ablation: Ablation | None = None
     pareto: tuple[str, ...] = Field((), description="stages that none beats in both decode speed and perplexity")
     export: str | None = Field(None, description="the stage whose model is in the run's model folder")
 
@@ -236,6 +363,13 @@ class Report(Part):
         if found is None:
             raise KeyError(name)
         return found
+
+    def floor_at(self, point: Speed) -> NoiseFloor | None:
+        """The noise floor at a workload point; None where it is not known."""
+        for floor in self.noise_floor:
+            if floor.point == point.point or floor.point == (*point.point[:3], None):
+                return floor
+        return None
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2, by_alias=True) + "\n"

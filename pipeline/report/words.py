@@ -136,10 +136,8 @@ def quality_clause(stage: StageReport, report: Report) -> str:
 
 def noise_floor(point: Speed, report: Report) -> float | None:
     """The noise floor at a workload point, as a share."""
-    for floor in report.noise_floor:
-        if (floor.kind, floor.batch, floor.prompt) == (point.kind, point.batch, point.prompt):
-            return floor_share(floor.ratio_low, floor.ratio_high)
-    return None
+    floor = report.floor_at(point)
+    return None if floor is None else floor_share(floor.ratio_low, floor.ratio_high)
 
 
 def is_broken(stage: StageReport) -> bool:

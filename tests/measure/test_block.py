@@ -6,7 +6,7 @@ import pytest
 from pipeline.measure.block import is_flat, run_block, warm_up
 from pipeline.measure.workload import Point, Workload, fixed_tokens
 
-PREFILL = Point(kind="prefill", batch=2, prompt=4, new_tokens=3)
+PREFILL = Point(kind="prefill", batch=2, prompt=4, new_tokens=0)
 DECODE = Point(kind="decode", batch=2, prompt=4, new_tokens=3)
 
 
@@ -140,12 +140,21 @@ def test_the_same_seed_gives_every_stage_the_same_tokens() -> None:
 
 
 def test_prefill_and_decode_get_the_same_prompt() -> None:
-    np.testing.assert_array_equal(tokens_of(PREFILL), tokens_of(DECODE))
+    np.testing.assert_array_equal(tokens_of(PREFILL), tokens_of(DECODE)[:, : PREFILL.prompt])
 
 
-def test_a_workload_has_prefill_and_decode_for_each_batch_and_prompt() -> None:
-    points = list(Workload(prompt_lengths=(8, 16), batch_sizes=(1, 4), new_tokens=5).points())
-    assert len(points) == 8
-    assert {(p.kind, p.batch, p.prompt) for p in points} == {
-        (kind, batch, prompt) for kind in ("prefill", "decode") for batch in (1, 4) for prompt in (8, 16)
+def test_a_workload_has_prefill_for_each_batch_and_prompt_and_decode_for_each_number_of_new_tokens() -> None:
+    points = list(Workload(prompt_lengths=(8, 16), batch_sizes=(1, 4), new_tokens=(5, 9)).points())
+    assert len(points) == len(set(points)) == 12
+    assert {(p.kind, p.batch, p.prompt, p.new_tokens) for p in points} == {
+        (kind, batch, prompt, new)
+        for kind, new in (("prefill", 0), ("decode", 5), ("decode", 9))
+        for batch in (1, 4)
+        for prompt in (8, 16)
     }
+
+
+def test_a_workload_of_whole_passes_has_nothing_else() -> None:
+    points = list(Workload(forward=((2, 1024), (1, 16))).points())
+    assert [(p.kind, p.batch, p.prompt) for p in points] == [("forward", 2, 1024), ("forward", 1, 16)]
+    assert points[0].tokens_per_iteration == 2048

@@ -14,7 +14,7 @@ from pipeline.measure.schedule import measure_speed
 from pipeline.measure.workload import Workload
 from pipeline.runtime import ExecutionSpec
 
-WORKLOAD = Workload(prompt_lengths=(8,), new_tokens=16)
+WORKLOAD = Workload(prompt_lengths=(8,), new_tokens=(16,))
 NAMES = ("source", "export", "int4")
 
 
