@@ -159,6 +159,26 @@ class SlowNodes(Part):
     reason: str
 
 
+class RegionNode(Part):
+    """A node of a graph, as one row of a drawing."""
+
+    id: int = Field(description="the same before and after for a node that was kept")
+    operator: str
+    detail: str = Field("", description="its weights and attributes, in short")
+    change: Literal["kept", "gone", "new", "rewired"] = "kept"
+    inputs: tuple[int, ...] = Field((), description="ids of the shown nodes whose results it takes")
+
+
+class Region(Part):
+    """The changed nodes of one place of a graph, before and after, each list in the order of computation."""
+
+    where: str = Field(description="the place that is shown, e.g. layer 0")
+    alike: int = Field(1, description="places that changed alike, this one among them")
+    before: tuple[RegionNode, ...]
+    after: tuple[RegionNode, ...]
+    left_out: int = Field(0, description="nodes of the place that are not shown, for there are too many")
+
+
 class Effect(Part):
     """What the stage really changed, found by comparing its artifact with its parent's."""
 
@@ -177,6 +197,8 @@ class Effect(Part):
         default_factory=dict, description="torch: modules by class, before and after, where the number changed"
     )
     parameters: tuple[int, int] | None = Field(None, description="numbers in the weights: before, after")
+    region: Region | None = Field(None, description="the changed nodes of one layer; null: no graph, or none changed")
+    contradiction: str | None = Field(None, description="where the pass tells of more than was found, or of less")
 
 
 class Target(Part):
