@@ -226,10 +226,18 @@ class Roofline(Part):
 
 
 class LayerError(Part):
-    """How far a layer's output is from the baseline's on the same tokens."""
+    """How far a layer's output is from the reference's on the same tokens: null where it is not finite.
 
-    layer: str
-    relative_error: float = Field(description="norm of the difference over the norm of the baseline's")
+    A relative error is the norm of the difference over the norm of the reference's, by token, as the mean over tokens.
+    """
+
+    layer: str = Field(description="embedding, layer 0 …: the residual stream after it; head: the logits")
+    relative_error: float | None
+    added: float | None = Field(
+        None, description="the part of the difference that was not there before the layer; head: null"
+    )
+    attention: float | None = Field(None, description="relative error of what attention adds; null: not seen")
+    mlp: float | None = Field(None, description="relative error of what the feed-forward part adds; null: not seen")
 
 
 class Divergence(Part):
@@ -237,6 +245,7 @@ class Divergence(Part):
 
     reference: str = Field(description="the stage that it was compared with")
     tokens: int
+    matched: tuple[int, int] | None = Field(None, description="layers that could be compared, of the reference's")
     layers: tuple[LayerError, ...]
     first: str | None = Field(description="the first layer whose output diverged; null: none")
     most: str | None = Field(description="the layer that added most")
@@ -322,6 +331,7 @@ class Ablation(Part):
 
     stage: str
     contributions: tuple[Contribution, ...]
+    extra_stages: tuple[str, ...] = Field((), description="stages of the report that were made for this alone")
 
 
 class GateResult(Part):
