@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.errors import PipelineError
 from pipeline.measure.workload import Point
 from pipeline.runtime import CausalLMRunner
 
@@ -44,10 +45,10 @@ def run_block(
 ) -> list[float]:
     """Seconds of each iteration of one block that takes at least `min_s` of timed work.
 
-    `tokens` are [B, prompt + new_tokens]. An iteration of prefill is one whole prompt, after one that is not timed, as
-    another stage used the caches meanwhile. An iteration of decode is one token; after each prompt, which is not
-    timed, exactly `steps` tokens follow, so that every stage decodes at the same positions. A block in which the
-    runner compiled something counts for nothing and is done again.
+    `tokens` are [B, prompt + new_tokens]. An iteration of prefill or forward is one whole prompt or pass, after one
+    that is not timed, as another stage used the caches meanwhile. An iteration of decode is one token; after each
+    prompt, which is not timed, exactly `steps` tokens follow, so that every stage decodes at the same positions. A
+    block in which the runner compiled something counts for nothing and is done again.
     """
     while True:
         before = _compilations(runner)
@@ -65,7 +66,7 @@ def _block(
     for took in _iterations(runner, point, tokens, steps, clock):
         seconds.append(took)
         total += took
-        complete = point.kind == "prefill" or len(seconds) % steps == 0
+        complete = point.kind != "decode" or len(seconds) % steps == 0
         if complete and total >= min_s:
             return seconds
     raise AssertionError("iterations do not end")
@@ -119,10 +120,11 @@ def _compilations(runner: CausalLMRunner) -> int:
 def _iterations(runner: CausalLMRunner, point: Point, tokens: np.ndarray, steps: int, clock: Clock) -> Iterator[float]:
     """Seconds of one timed iteration after another, for ever. Runners return when the device is done."""
     prompt = tokens[:, : point.prompt]
-    runner.prefill(prompt)
-    while point.kind == "prefill":
+    whole = _whole_passes(runner) if point.kind == "forward" else runner.prefill
+    whole(prompt)
+    while point.kind != "decode":
         begin = clock()
-        runner.prefill(prompt)
+        whole(prompt)
         yield (clock() - begin) / 1e9
     while True:
         for step in range(steps):
@@ -131,6 +133,17 @@ def _iterations(runner: CausalLMRunner, point: Point, tokens: np.ndarray, steps:
             runner.decode(token)
             yield (clock() - begin) / 1e9
         runner.prefill(prompt)
+
+
+def _whole_passes(runner: CausalLMRunner) -> Callable[[np.ndarray], np.ndarray]:
+    """Raises: PipelineError where the runner, a stranger's, has no `forward`."""
+    forward: Callable[[np.ndarray], np.ndarray] | None = getattr(runner, "forward", None)
+    if forward is None:
+        raise PipelineError(
+            "the runner of its format does not know whole passes",
+            hint="measure it with evaluate.workload.prompt_lengths and new_tokens",
+        )
+    return forward
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.artifact import Frozen
 from pipeline.errors import PipelineError
-from pipeline.runtime import CausalLMRunner
+from pipeline.runtime import CausalLMRunner, has_cache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,9 @@ NLL = "nll.npy"
 TOP1 = "top1.npy"
 LOG_PROBABILITIES = "log_probabilities.f16"
 LOG_SUM_EXP = "log_sum_exp.npy"
+
+MOST_WHOLE_PASSES = 32
+"""Tokens of greedy text of a model without a cache."""
 
 ROWS = 32
 """Positions whose logits are worked on at a time, in float64."""
@@ -147,12 +150,20 @@ def score_windows(runner: CausalLMRunner, work: ScoreWork) -> Scored:
 
 
 def greedy(runner: CausalLMRunner, prompt: tuple[int, ...], new_tokens: int) -> tuple[int, ...]:
-    """The most likely token after each, `new_tokens` times, through prefill and decode."""
+    """The most likely token after each, `new_tokens` times, through prefill and decode.
+
+    Without a cache every token costs a whole pass, so there are MOST_WHOLE_PASSES tokens at most.
+    """
     import numpy as np
 
     if not prompt or not new_tokens:
         return ()
     found: list[int] = []
+    if not has_cache(runner):
+        for _ in range(min(new_tokens, MOST_WHOLE_PASSES)):
+            logits = runner.forward(np.array([[*prompt, *found]], dtype=np.int64))
+            found.append(int(logits[0].argmax()))
+        return tuple(found)
     logits = runner.prefill(np.array([prompt], dtype=np.int64))
     while True:
         found.append(int(logits[0].argmax()))

@@ -7,14 +7,15 @@ requests the process blocks in a read.
     prepare          manifest, blobs, spec                  -> nothing; the libraries are imported
     forget_compiled  manifest, blobs, spec                  -> forgotten: what earlier processes compiled is gone
     load             manifest, blobs, spec                  -> load_s, vocab_size, max_length, environment
-    compile          shapes [[batch, prompt], …]            -> compile_s; 0 for runners that do not compile
-    warm_up          point, vocab_size, seed, steps, cap_s  -> seconds, flat
+    compile          shapes [[batch, prompt], …], forward   -> compile_s; 0 for runners that do not compile
+    warm_up          point, vocab_size, seed, steps, cap_s  -> seconds, flat, device_peak_memory_bytes
     block            point, vocab_size, seed, steps, min_s  -> seconds
     score            work (see pipeline.measure.scoring)    -> what score_windows returns
 
 `forget_compiled` and `compile` are answered by the runner's `forget_compiled(artifact, spec)` and
 `compile_shapes(batch, prompt)`, where it has them; a property `compilations`, which counts them, keeps what is compiled
-meanwhile out of timed blocks.
+meanwhile out of timed blocks. `forward` lists shapes of whole passes, each of which is run once. A property
+`device_peak_memory_bytes` says what the runner has held on a GPU at most.
 """
 
 from __future__ import annotations
@@ -99,21 +100,26 @@ class Session:
         forget = _optional(artifact, "forget_compiled")
         return {"forgotten": bool(forget and forget(artifact, ExecutionSpec.model_validate(spec)))}
 
-    def _compile(self, shapes: list[list[int]]) -> dict[str, Any]:
+    def _compile(self, shapes: list[list[int]], forward: list[list[int]] | None = None) -> dict[str, Any]:
         """Whoever compiles for the shapes that it meets meets them here, as a part of loading."""
+        import numpy as np
+
         compile_shapes = getattr(self.runner, "compile_shapes", None)
         if compile_shapes is None:
             return {"compile_s": 0.0}
         begin = time.perf_counter_ns()
         for batch, prompt in shapes:
             compile_shapes(batch, prompt)
+        for batch, length in forward or ():
+            self.runner.forward(np.zeros((batch, length), np.int64))
         return {"compile_s": (time.perf_counter_ns() - begin) / 1e9}
 
     def _warm_up(self, point: dict[str, Any], vocab_size: int, seed: int, steps: int, cap_s: float) -> dict[str, Any]:
         work = Point.model_validate(point)
         tokens = fixed_tokens(work, vocab_size=vocab_size, seed=seed)
         seconds, flat = warm_up(self.runner, work, tokens, cap_s=cap_s, steps=steps)
-        return {"seconds": seconds, "flat": flat}
+        peak = getattr(self.runner, "device_peak_memory_bytes", None)
+        return {"seconds": seconds, "flat": flat, "device_peak_memory_bytes": peak}
 
     def _block(self, point: dict[str, Any], vocab_size: int, seed: int, steps: int, min_s: float) -> dict[str, Any]:
         work = Point.model_validate(point)
@@ -150,6 +156,9 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             answer: dict[str, Any] = {"ok": session.answer(json.loads(line))}
         except PipelineError as error:
             answer = {"error": {"message": error.message, "hint": error.hint}}
+        except MemoryError as error:
+            message = f"there is not enough memory for it: {error or 'an allocation was refused'}"
+            answer = {"error": {"message": message, "hint": "a smaller batch or a shorter prompt takes less"}}
         except Exception as error:  # libraries raise anything; the parent decides what it means for the run
             traceback.print_exc()
             answer = {"error": {"message": f"{type(error).__name__}: {error}", "hint": None}}

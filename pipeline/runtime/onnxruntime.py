@@ -19,7 +19,7 @@ from pipeline.errors import HostError, PipelineError
 from pipeline.hardware.host import describe_host
 from pipeline.onnx_wire import check_external_tensors
 from pipeline.runtime.protocol import ExecutionSpec
-from pipeline.runtime.sequence import Sequence, as_tokens
+from pipeline.runtime.sequence import NO_CACHE, NO_CACHE_HINT, Sequence, as_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,9 +45,10 @@ def _installed() -> str:
 class OnnxRuntimeRunner:
     """One session over mapped weights; what a step presents is the next step's past, never copied by us.
 
-    The interface names the tensors by role: inputs `tokens` and, where the graph has them, `mask` [B, past + S] and
-    `positions` [B, S]; `past.k[i]` and `past.v[i]` [B, kv_heads, T, head_dim]; outputs `logits` [B, S, V],
-    `present.k[i]` and `present.v[i]`. All integers are int64 unless the graph says int32.
+    A graph without a cache is run whole: `forward` and `score` do, `prefill` and `decode` refuse. The interface names
+    the tensors by role: inputs `tokens` and, where the graph has them, `mask` [B, past + S] and `positions` [B, S];
+    `past.k[i]` and `past.v[i]` [B, kv_heads, T, head_dim]; outputs `logits` [B, S, V], `present.k[i]` and
+    `present.v[i]`. All integers are int64 unless the graph says int32.
 
     Raises: PipelineError where the graph does not load or its interface is incomplete; HostError where the execution
     provider is not there.
@@ -68,13 +69,15 @@ class OnnxRuntimeRunner:
         interface = artifact.interface
         if "tokens" not in interface.inputs or "logits" not in interface.outputs:
             raise PipelineError("the graph's interface names no input `tokens` or no output `logits`")
-        if interface.cache is None or interface.max_length is None:
+        cached = any(role.startswith(("past.", "present.")) for role in (*interface.inputs, *interface.outputs))
+        if interface.max_length is None or (cached and interface.cache is None):
             raise PipelineError("the graph's interface has no cache layout or no max_length")
         self._inputs = interface.inputs
         self._logits = interface.outputs["logits"]
         self._layout = interface.cache
         self._logits_to_keep = interface.logits_to_keep
-        layers = range(interface.cache.layers)
+        self.has_cache = interface.cache is not None
+        layers = range(interface.cache.layers if interface.cache else 0)
         try:
             self._pasts = [interface.inputs[f"past.{part}[{i}]"] for i in layers for part in "kv"]
             self._presents = [interface.outputs[f"present.{part}[{i}]"] for i in layers for part in "kv"]
@@ -100,38 +103,59 @@ class OnnxRuntimeRunner:
         import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401
 
+    def forward(self, tokens: ArrayLike) -> np.ndarray:
+        """Compute the logits of all positions of [B, S], keep nothing, and return the last position's, [B, V]."""
+        ids = as_tokens(tokens)
+        _, length = self._sequence.check_prompt(ids)
+        self.reset()
+        return _positions(self._run(ids, keep=length, cached=False), slice(-1, None))[:, -1]
+
     def prefill(self, tokens: ArrayLike) -> np.ndarray:
-        """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""
+        """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V].
+
+        Raises: PipelineError where the graph has no cache.
+        """
+        self._require_cache()
         ids = as_tokens(tokens)
         batch, length = self._sequence.check_prompt(ids)
         self.reset()
-        logits = self._forward(ids, keep=1)
+        logits = self._run(ids, keep=1)
         self._sequence.extend(batch, length)
-        return logits[:, -1]
+        return _positions(logits, slice(-1, None))[:, -1]
 
     def decode(self, tokens: ArrayLike) -> np.ndarray:
-        """Append one token a sequence, [B, 1], and return its logits [B, V]."""
+        """Append one token a sequence, [B, 1], and return its logits [B, V].
+
+        Raises: PipelineError where the graph has no cache.
+        """
+        self._require_cache()
         ids = as_tokens(tokens)
         batch = self._sequence.check_step(ids)
-        logits = self._forward(ids, keep=1)
+        logits = self._run(ids, keep=1)
         self._sequence.extend(batch, 1)
-        return logits[:, -1]
+        return _positions(logits, slice(-1, None))[:, -1]
 
     def score(self, tokens: ArrayLike) -> Iterator[np.ndarray]:
         """Logits of all positions of [B, S] from an empty cache, in order, in chunks [B, C, V].
 
         With B > 1 the positions run at once: GroupQueryAttention refuses several sequences of several tokens each
-        after a past.
+        after a past. Without a cache they do, too, and their logits are converted chunk by chunk.
         """
         ids = as_tokens(tokens)
         batch, length = self._sequence.check_prompt(ids)
         self.reset()
-        step = self._sequence.chunk_length(batch, self.vocab_size) if batch == 1 else length
+        step = self._sequence.chunk_length(batch, self.vocab_size)
+        if not self.has_cache:
+            logits = self._run(ids, keep=length)
+            for begin in range(0, length, step):
+                yield _positions(logits, slice(begin, begin + step))
+            return
+        step = step if batch == 1 else length
         for begin in range(0, length, step):
             part = ids[:, begin : begin + step]
-            logits = self._forward(part, keep=part.shape[1])
+            logits = self._run(part, keep=part.shape[1])
             self._sequence.extend(batch, part.shape[1])
-            yield logits
+            yield _positions(logits, slice(-part.shape[1], None))
         self.reset()
 
     def reset(self) -> None:
@@ -139,8 +163,15 @@ class OnnxRuntimeRunner:
         self._past = []
         self._sequence.reset()
 
-    def _forward(self, tokens: np.ndarray, *, keep: int) -> np.ndarray:
-        """Logits [B, keep, V] of the last of these tokens, after what the cache holds."""
+    def _require_cache(self) -> None:
+        if not self.has_cache:
+            raise PipelineError(NO_CACHE, hint=NO_CACHE_HINT)
+
+    def _run(self, tokens: np.ndarray, *, keep: int, cached: bool = True) -> Any:
+        """An OrtValue: the logits of these tokens after what the cache holds, at least of the last `keep`.
+
+        What the tokens add to the cache is kept if `cached`.
+        """
         import numpy as np
 
         batch, length = tokens.shape
@@ -153,12 +184,13 @@ class OnnxRuntimeRunner:
         if self._logits_to_keep is not None:
             given[self._logits_to_keep] = np.full([1] * len(self._types[self._logits_to_keep][1]), keep)
         values = {name: _ort_value(self._integers(name, array)) for name, array in given.items()}
-        values |= zip(self._pasts, self._past or self._empty_past(batch), strict=True)
+        if self._pasts:
+            values |= zip(self._pasts, self._past or self._empty_past(batch), strict=True)
         binding = self._session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._logits, "cpu")
-        for name in self._presents:
+        for name in self._presents if cached else ():
             binding.bind_output(name, self._device)
         try:
             self._session.run_with_iobinding(binding)
@@ -166,7 +198,7 @@ class OnnxRuntimeRunner:
             self.reset()
             raise PipelineError(f"ONNX Runtime failed on tokens {[batch, length]} after {past}: {error}") from error
         logits, *self._past = binding.get_outputs()  # in the order of binding
-        return _last_positions(logits, keep)
+        return logits
 
     def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
         """`values` in the integer type that the graph's input has."""
@@ -178,6 +210,7 @@ class OnnxRuntimeRunner:
         import numpy as np
 
         layout = self._layout
+        assert layout is not None
         empty = _ort_value(np.empty((batch, layout.kv_heads, 0, layout.head_dim), numpy_dtype(layout.dtype)))
         return [empty] * len(self._pasts)
 
@@ -300,8 +333,8 @@ def _ort_value(array: np.ndarray) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _last_positions(logits: Any, keep: int) -> np.ndarray:
-    """The last `keep` positions of an OrtValue [B, S, V] on the host, copied as float32; the others are not copied."""
+def _positions(logits: Any, part: slice) -> np.ndarray:
+    """These positions of an OrtValue [B, S, V] on the host, copied as float32; the others are not copied."""
     import ctypes
 
     import numpy as np
@@ -310,4 +343,4 @@ def _last_positions(logits: Any, keep: int) -> np.ndarray:
     dtype = onnx_ir.DataType(logits.element_type()).numpy()
     memory = (ctypes.c_char * logits.tensor_size_in_bytes()).from_address(logits.data_ptr())
     view = np.frombuffer(memory, dtype).reshape(logits.shape())
-    return view[:, -keep:].astype(np.float32)
+    return view[:, part].astype(np.float32)

@@ -33,7 +33,7 @@ class ExecutionSpec(Frozen):
 
 
 class CausalLMRunner(Protocol):
-    """A loaded causal language model with one key-value cache.
+    """A loaded causal language model with one key-value cache, or with none: then it knows whole passes only.
 
     Tokens are int64 arrays; logits are float32 arrays. B is the batch, S the number of tokens, V the vocabulary.
     """
@@ -43,6 +43,15 @@ class CausalLMRunner(Protocol):
 
     vocab_size: int
     max_length: int
+
+    has_cache: bool
+    """Without one, `prefill` and `decode` raise PipelineError."""
+
+    def forward(self, tokens: ArrayLike) -> np.ndarray:
+        """Compute the logits of all positions of [B, S], keep nothing, and return the last position's, [B, V].
+
+        The logits of the other positions stay where they were computed: copying them is no work of the model.
+        """
 
     def prefill(self, tokens: ArrayLike) -> np.ndarray:
         """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""
@@ -79,6 +88,11 @@ def load_runner(artifact: Artifact, spec: ExecutionSpec) -> CausalLMRunner:
     Raises: PipelineError where there is none, or the model does not load.
     """
     return _factory(artifact.format)(artifact, spec)
+
+
+def has_cache(runner: CausalLMRunner) -> bool:
+    """Whether the runner knows prompts and single tokens after them; one that does not say so does."""
+    return bool(getattr(runner, "has_cache", True))
 
 
 def runner_version(format: str) -> str:

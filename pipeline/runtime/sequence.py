@@ -14,6 +14,10 @@ SCORE_BYTES = 64 * 2**20
 """Bytes of float32 logits that `score` gives at a time: the same in every runner, so that stages compute alike."""
 
 
+NO_CACHE = "the graph has no key-value cache: it knows whole passes only"
+NO_CACHE_HINT = "measure it with evaluate.workload.forward, such as [[1, 128]], or export it with its cache"
+
+
 def as_tokens(tokens: ArrayLike) -> np.ndarray:
     """Token ids as an int64 array; lists will do."""
     import numpy as np

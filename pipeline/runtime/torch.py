@@ -80,6 +80,7 @@ class TorchRunner:
     Raises: PipelineError where the checkpoint does not load; HostError where its device is not there.
     """
 
+    has_cache: ClassVar[bool] = True
     version: ClassVar[str] = f"2 torch {version('torch')} transformers {version('transformers')}"
 
     def __init__(self, artifact: Artifact, spec: ExecutionSpec) -> None:
@@ -116,6 +117,8 @@ class TorchRunner:
         self._compile_errors: tuple[type[Exception], ...] = ()
         if self._compilation is not None:
             self._compile_errors = _compile(self._model, self._compilation)
+        if spec.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # loading is no inference
 
     @staticmethod
     def import_libraries(artifact: Artifact) -> None:
@@ -152,6 +155,18 @@ class TorchRunner:
         return compile_cache.forget(compile_cache.artifact_cache(artifact, threads=spec.threads, version=cls.version))
 
     @property
+    def device_peak_memory_bytes(self) -> int | None:
+        """The most that torch's allocator has held on the GPU since the model was loaded, with its weights.
+
+        None on a CPU.
+        """
+        if self._device != "cuda":
+            return None
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+
+    @property
     def compilations(self) -> int:
         """Graphs that this process has compiled: where it grows during a call, the call's time says nothing."""
         if self._compilation is None:
@@ -173,6 +188,14 @@ class TorchRunner:
         for _ in range(min(2, self.max_length - prompt)):  # whatever the second finds that the first did not
             self.decode(np.zeros((batch, 1), np.int64))
         self.reset()
+
+    def forward(self, tokens: ArrayLike) -> np.ndarray:
+        """Compute the logits of all positions of [B, S], keep nothing, and return the last position's, [B, V]."""
+        ids = as_tokens(tokens)
+        self._sequence.check_prompt(ids)
+        self.reset()
+        logits: np.ndarray = _on_host(self._logits(ids, keep=0, cached=False)[:, -1])
+        return logits
 
     def prefill(self, tokens: ArrayLike) -> np.ndarray:
         """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V]."""
@@ -211,9 +234,13 @@ class TorchRunner:
 
     def _forward(self, tokens: np.ndarray, *, keep: int) -> np.ndarray:
         """Logits [B, C, V] of these tokens after what the cache holds; the last `keep`, or all where it is 0."""
+        return _on_host(self._logits(tokens, keep=keep, cached=True))
+
+    def _logits(self, tokens: np.ndarray, *, keep: int, cached: bool) -> Any:
+        """The same as a tensor on the device; `cached` says whether there is a cache at all."""
         import torch
 
-        if self._cache is None:
+        if cached and self._cache is None:
             self._cache = self._empty_cache(len(tokens))
         extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         with torch.inference_mode():
@@ -222,7 +249,7 @@ class TorchRunner:
             if self._compilation is not None and self._compilation.dynamic is None:
                 self._mark_lengths(ids)
             try:
-                output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **extra)
+                output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=cached, **extra)
             except self._compile_errors as error:
                 assert self._compilation is not None
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -232,9 +259,7 @@ class TorchRunner:
                     if self._compilation.fullgraph
                     else None,
                 ) from error
-            # the copy to the host waits for the device
-            logits: np.ndarray = output.logits.to(torch.float32).cpu().numpy()
-        return logits
+            return output.logits
 
     def _empty_cache(self, batch: int) -> Any:
         """A cache without positions. A static one is allocated once for each batch and emptied after that."""
@@ -260,7 +285,7 @@ class TorchRunner:
 
         if ids.shape[1] > 1:
             torch._dynamo.maybe_mark_dynamic(ids, 1)
-        if not self._static_cache:
+        if not self._static_cache and self._cache is not None:
             for layer in self._cache.layers:
                 for name in ("keys", "values"):
                     tensor = getattr(layer, name, None)
@@ -279,6 +304,15 @@ def _compile(model: Any, how: Compilation) -> tuple[type[Exception], ...]:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     model.base_model.compile(mode=how.mode, dynamic=how.dynamic, fullgraph=how.fullgraph)
     return TorchDynamoException, FailOnRecompileLimitHit
+
+
+def _on_host(logits: Any) -> np.ndarray:
+    """The tensor as float32 in the host's memory. The copy waits for the device."""
+    import torch
+
+    with torch.inference_mode():
+        array: np.ndarray = logits.to(torch.float32).cpu().numpy()
+    return array
 
 
 def _in_order(tensor: Any) -> Any:

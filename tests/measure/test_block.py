@@ -3,10 +3,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from pipeline.errors import PipelineError
 from pipeline.measure.block import is_flat, run_block, warm_up
 from pipeline.measure.workload import Point, Workload, fixed_tokens
 
 PREFILL = Point(kind="prefill", batch=2, prompt=4, new_tokens=0)
+FORWARD = Point(kind="forward", batch=2, prompt=4, new_tokens=0)
 DECODE = Point(kind="decode", batch=2, prompt=4, new_tokens=3)
 
 
@@ -16,6 +18,7 @@ class FakeRunner:
     version = "1"
     vocab_size = 10
     max_length = 100
+    has_cache = True
 
     def __init__(self, speeds: list[float] | None = None) -> None:
         self.now_ns = 0
@@ -28,6 +31,9 @@ class FakeRunner:
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         return self._call("decode", tokens)
+
+    def forward(self, tokens: np.ndarray) -> np.ndarray:
+        return self._call("forward", tokens)
 
     def score(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         raise NotImplementedError
@@ -75,6 +81,24 @@ def test_a_decode_block_times_tokens_and_not_the_prompt() -> None:
     runner = FakeRunner()
     assert run_block(runner, DECODE, tokens_of(DECODE), min_s=1, steps=3, clock=runner.clock) == [1.0, 1.0, 1.0]
     assert runner.calls == ["prefill", "decode", "decode", "decode"]
+
+
+def test_a_forward_block_times_whole_passes_and_asks_for_nothing_else() -> None:
+    runner = FakeRunner()
+    assert run_block(runner, FORWARD, tokens_of(FORWARD), min_s=8, steps=0, clock=runner.clock) == [4.0, 4.0]
+    assert runner.calls == ["forward"] * 3
+
+
+def test_a_warm_up_of_whole_passes_ends_when_they_are_flat() -> None:
+    runner = FakeRunner()
+    assert warm_up(runner, FORWARD, tokens_of(FORWARD), cap_s=60, steps=0, clock=runner.clock).flat
+    assert set(runner.calls) == {"forward"}
+
+
+def test_a_runner_that_knows_no_whole_passes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FakeRunner, "forward")
+    with pytest.raises(PipelineError, match="does not know whole passes"):
+        run_block(FakeRunner(), FORWARD, tokens_of(FORWARD), min_s=1, steps=0)
 
 
 def test_a_decode_block_ends_after_whole_continuations_only() -> None:

@@ -40,6 +40,20 @@ class TableRunner:
         pass
 
 
+class WholePassRunner(TableRunner):
+    """The same without a cache."""
+
+    has_cache = False
+
+    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+        raise AssertionError("it has no cache")
+
+    decode = prefill
+
+    def forward(self, tokens: np.ndarray) -> np.ndarray:
+        return self.table[tokens[:, -1]]
+
+
 Score = Callable[[np.ndarray], tuple[Scored, np.ndarray]]
 TABLE = np.random.default_rng(1).normal(size=(VOCABULARY, VOCABULARY)) * 3
 
@@ -196,3 +210,11 @@ def test_greedy_text_follows_the_most_likely_token() -> None:
 
 def test_no_greedy_text_without_a_prompt() -> None:
     assert greedy(TableRunner(TABLE), (), 5) == ()
+
+
+def test_without_a_cache_the_greedy_text_is_the_same_and_costs_a_pass_for_each_token() -> None:
+    assert greedy(WholePassRunner(TABLE), (1, 2), 6) == greedy(TableRunner(TABLE), (1, 2), 6)
+
+
+def test_without_a_cache_the_greedy_text_is_short() -> None:
+    assert len(greedy(WholePassRunner(TABLE), (1, 2), 500)) == 32

@@ -90,6 +90,22 @@ def test_a_runner_that_does_not_compile_has_nothing_to_forget_and_takes_no_time(
     assert worker.ask("compile", shapes=[[1, 8]]) == {"compile_s": 0.0}
 
 
+def test_whole_passes_are_timed_and_their_shapes_run_beforehand_where_something_is_compiled(
+    worker: Worker, tmp_path: Path
+) -> None:
+    worker.load(tiny_models.onnx_artifact(tmp_path / "whole", cached=False))
+    assert worker.ask("compile", shapes=[], forward=[[2, 8]]) == {"compile_s": 0.0}
+    point = Point(kind="forward", batch=2, prompt=8, new_tokens=0).model_dump()
+    assert len(worker.ask("block", **block(point=point, steps=0))["seconds"]) >= 1
+    assert worker.ask("warm_up", point=point, vocab_size=64, seed=0, steps=0, cap_s=0.1)["seconds"]
+
+
+def test_a_graph_without_a_cache_asked_for_prompts_is_refused_with_what_to_do(worker: Worker, tmp_path: Path) -> None:
+    worker.load(tiny_models.onnx_artifact(tmp_path / "whole", cached=False))
+    with pytest.raises(StageError, match=r"(?s)no key-value cache.*evaluate\.workload\.forward"):
+        worker.ask("block", **block())
+
+
 def test_affinity_is_that_of_the_spec(tmp_path: Path, artifact: Artifact) -> None:
     cpu = max(os.sched_getaffinity(0))
     with Worker("pinned", ExecutionSpec(affinity=(cpu,)), tmp_path / "log") as worker:

@@ -110,6 +110,55 @@ def test_a_failed_run_empties_the_cache(runner: OnnxRuntimeRunner) -> None:
         runner.decode(TOKENS[:, :1])
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_whole_pass_gives_the_logits_of_the_last_position(tmp_path: Path, cached: bool) -> None:
+    runner = OnnxRuntimeRunner(tiny_models.onnx_artifact(tmp_path / "onnx", cached=cached), ExecutionSpec())
+    assert runner.has_cache is cached
+    np.testing.assert_allclose(runner.forward(TOKENS), EXPECTED[:, -1], atol=1e-4)
+
+
+def test_a_whole_pass_leaves_nothing_in_the_cache(runner: OnnxRuntimeRunner) -> None:
+    runner.prefill(TOKENS[:, :12])
+    runner.forward(TOKENS)
+    with pytest.raises(PipelineError, match="prefill comes first"):
+        runner.decode(TOKENS[:, :1])
+
+
+def test_a_whole_pass_computes_the_logits_of_all_positions(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = OnnxRuntimeRunner(artifact, ExecutionSpec())
+    shapes = []
+    copy = runtime._positions
+
+    def seen(logits: object, part: slice) -> np.ndarray:
+        shapes.append(logits.shape())  # type: ignore[attr-defined]
+        return copy(logits, part)
+
+    monkeypatch.setattr(runtime, "_positions", seen)
+    runner.forward(TOKENS)
+    assert shapes == [[2, 20, tiny_models.VOCABULARY]]
+
+
+def test_a_whole_pass_that_is_too_long_is_refused_with_both_numbers(runner: OnnxRuntimeRunner) -> None:
+    with pytest.raises(PipelineError, match="49 tokens and the model takes at most 48"):
+        runner.forward(np.zeros((1, 49), int))
+
+
+def test_a_graph_without_a_cache_scores_whole_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runtime.sequence.SCORE_BYTES", 7 * 2 * 4 * tiny_models.VOCABULARY)
+    runner = OnnxRuntimeRunner(tiny_models.onnx_artifact(tmp_path / "onnx", cached=False), ExecutionSpec())
+    chunks = list(runner.score(TOKENS))
+    assert [chunk.shape[1] for chunk in chunks] == [7, 7, 6]
+    np.testing.assert_allclose(np.concatenate(chunks, axis=1), EXPECTED, atol=1e-4)
+
+
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_a_graph_without_a_cache_says_how_it_can_be_measured(tmp_path: Path, call: str) -> None:
+    runner = OnnxRuntimeRunner(tiny_models.onnx_artifact(tmp_path / "onnx", cached=False), ExecutionSpec())
+    with pytest.raises(PipelineError, match="the graph has no key-value cache") as refused:
+        getattr(runner, call)(TOKENS[:, :1])
+    assert "evaluate.workload.forward" in str(refused.value.hint)
+
+
 def test_a_missing_provider_is_the_host_s_fault(artifact: Artifact) -> None:
     with pytest.raises(HostError, match=r"NoSuchExecutionProvider.*CPUExecutionProvider"):
         OnnxRuntimeRunner(artifact, ExecutionSpec(provider="NoSuchExecutionProvider"))

@@ -54,6 +54,33 @@ def test_decode_continues_the_prompt_token_by_token(runner: TorchRunner, expecte
         np.testing.assert_allclose(step, expected[:, position], atol=1e-5)
 
 
+def test_a_whole_pass_gives_the_logits_of_the_last_position_and_keeps_nothing(
+    runner: TorchRunner, expected: np.ndarray
+) -> None:
+    runner.prefill(TOKENS[:, :12])
+    np.testing.assert_allclose(runner.forward(TOKENS), expected[:, -1], atol=1e-5)
+    with pytest.raises(PipelineError, match="prefill comes first"):
+        runner.decode(TOKENS[:, :1])
+
+
+def test_a_whole_pass_computes_all_logits_without_a_cache(runner: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    original = runner._model.forward
+
+    def forward(**given: Any) -> Any:
+        output = original(**given)
+        seen.append({"cache": output.past_key_values, "shape": tuple(output.logits.shape)})
+        return output
+
+    monkeypatch.setattr(runner._model, "forward", forward)
+    runner.forward(TOKENS)
+    assert seen == [{"cache": None, "shape": (2, 20, tiny_models.VOCABULARY)}]
+
+
+def test_on_a_cpu_there_is_no_peak_of_a_device(runner: TorchRunner) -> None:
+    assert runner.device_peak_memory_bytes is None
+
+
 def test_score_gives_the_logits_of_all_positions(runner: TorchRunner, expected: np.ndarray) -> None:
     np.testing.assert_allclose(np.concatenate(list(runner.score(TOKENS)), axis=1), expected, atol=1e-5)
 
@@ -353,3 +380,12 @@ class TestCompiled:
             pytest.skip("needs a CUDA GPU")
         runner = TorchRunner(static, ExecutionSpec(device="cuda"))
         np.testing.assert_allclose(all_logits(runner, 12), expected, atol=1e-3)
+        assert runner.device_peak_memory_bytes is not None
+        assert runner.device_peak_memory_bytes >= static.manifest.weights_bytes
+
+    def test_whole_passes_of_all_lengths_share_one_graph(self, static: Artifact, expected: np.ndarray) -> None:
+        runner = TorchRunner(static, ExecutionSpec())
+        runner.forward(TOKENS[:, :12])
+        compiled = runner.compilations
+        np.testing.assert_allclose(runner.forward(TOKENS), expected[:, -1], atol=1e-5)
+        assert runner.compilations == compiled

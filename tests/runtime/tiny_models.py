@@ -120,11 +120,13 @@ def onnx_artifact(
     scale: float = 2.0,
     shift: int = 0,
     execution: dict[str, Any] | None = None,
+    cached: bool = True,
 ) -> Artifact:
     """A one-layer attention model whose key and value are the embedding and `scale` times the embedding.
 
-    `prefix` goes before the names of inner values, `shift` moves the weights within their file, and `weight_dtype`
-    may be bfloat16; none of the three changes what is computed, the last but for rounding.
+    `cached` says whether it takes and gives a key-value cache. `prefix` goes before the names of inner values, `shift`
+    moves the weights within their file, and `weight_dtype` may be bfloat16; none of these three changes what is
+    computed, the last but for rounding.
     """
     import ml_dtypes
     import onnx
@@ -170,8 +172,12 @@ def onnx_artifact(
     split = node("Reshape", [x, constant("split", np.array([0, 0, HEADS, HEAD]))], inner("split_x"))
     heads = node("Transpose", [split], inner("heads"), perm=[0, 2, 1, 3])
     values = node("Mul", [heads, constant("scale", np.array(scale, np.float32))], inner("values"))
-    node("Concat", ["past_k", heads], "present_k", axis=2)
-    node("Concat", ["past_v", values], "present_v", axis=2)
+    if cached:
+        node("Concat", ["past_k", heads], "present_k", axis=2)
+        node("Concat", ["past_v", values], "present_v", axis=2)
+    else:
+        node("Identity", [heads], "present_k")
+        node("Identity", [values], "present_v")
     keys = node("Transpose", ["present_k"], inner("keys"), perm=[0, 1, 3, 2])
     scores = node("MatMul", [heads, keys], inner("scores"))
     # a query at position p sees the keys 0 … p: [S, 1] >= [T]
@@ -191,20 +197,18 @@ def onnx_artifact(
     def tensor(name: str, element_type: int, shape: list[Any]) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, element_type, shape)
 
-    cache = ["batch", HEADS, "past", HEAD]
+    cache, present = ["batch", HEADS, "past", HEAD], ["batch", HEADS, "total", HEAD]
     graph = helper.make_graph(
         nodes,
         "tiny",
         [
             tensor("tokens", TensorProto.INT64, ["batch", "sequence"]),
             tensor("positions", TensorProto.INT64, ["batch", "sequence"]),
-            tensor("past_k", TensorProto.FLOAT, cache),
-            tensor("past_v", TensorProto.FLOAT, cache),
+            *([tensor(name, TensorProto.FLOAT, cache) for name in ("past_k", "past_v")] if cached else []),
         ],
         [
             tensor("logits", TensorProto.FLOAT, ["batch", "sequence", VOCABULARY]),
-            tensor("present_k", TensorProto.FLOAT, ["batch", HEADS, "total", HEAD]),
-            tensor("present_v", TensorProto.FLOAT, ["batch", HEADS, "total", HEAD]),
+            *([tensor(name, TensorProto.FLOAT, present) for name in ("present_k", "present_v")] if cached else []),
         ],
         initializers,
     )
@@ -219,9 +223,16 @@ def onnx_artifact(
         },
     )
     interface = Interface(
-        inputs={"tokens": "tokens", "positions": "positions", "past.k[0]": "past_k", "past.v[0]": "past_v"},
-        outputs={"logits": "logits", "present.k[0]": "present_k", "present.v[0]": "present_v"},
-        cache=CacheLayout(layers=1, kv_heads=HEADS, head_dim=HEAD),
+        inputs={
+            "tokens": "tokens",
+            "positions": "positions",
+            **({"past.k[0]": "past_k", "past.v[0]": "past_v"} if cached else {}),
+        },
+        outputs={
+            "logits": "logits",
+            **({"present.k[0]": "present_k", "present.v[0]": "present_v"} if cached else {}),
+        },
+        cache=CacheLayout(layers=1, kv_heads=HEADS, head_dim=HEAD) if cached else None,
         vocab_size=VOCABULARY,
         max_length=MAX_LENGTH,
     )
