@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import Field
 
 from pipeline.artifact import Frozen
+from pipeline.measure.looks import MARGIN, LookPlan
 from pipeline.measure.samples import Sample
 from pipeline.measure.workload import Kind, Point
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
-
-MARGIN = 0.01
-"""Speeds within this share of each other are equivalent."""
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -51,6 +49,10 @@ class SpeedRatio(Frozen):
     low: float
     high: float
     verdict: Verdict
+    inside_floor: bool = Field(default=False, description="whether the interval reaches into the noise floor")
+    rounds_to_decide: int | None = Field(
+        default=None, description="inconclusive only: rounds in all that would decide; None: no number would"
+    )
 
 
 class SpeedPoint(Frozen):
@@ -62,6 +64,7 @@ class SpeedPoint(Frozen):
     new_tokens: int
     rounds: int
     launches: int
+    outliers: int = Field(default=0, description="blocks far from the median of their launch; they stay in")
     tokens_per_s: Interval
     latency_s: Interval = Field(description="of a whole batch of prompts, or of one decoded token a sequence")
     vs_baseline: SpeedRatio | None = Field(
@@ -88,6 +91,32 @@ class SpeedFigures(Frozen):
     noise_floor: tuple[NoiseFloor, ...]
 
 
+class Decision(Frozen):
+    """The verdict on one stage at one point against the baseline, at the level of the look."""
+
+    stage: str
+    point: Point
+    verdict: Verdict
+    rounds_to_decide: int | None = Field(default=None, description="in all; None where decided, or no number would")
+
+
+class Decisions(Frozen):
+    """What a look found."""
+
+    look: int = Field(description="which, from 1")
+    comparisons: tuple[Decision, ...]
+
+    @property
+    def all_decided(self) -> bool:
+        """Whether every comparison has a verdict: then nothing more needs to be measured."""
+        return all(c.verdict != "inconclusive" for c in self.comparisons)
+
+    @property
+    def rounds_to_decide(self) -> int | None:
+        """Rounds in all that would decide every comparison that any number would decide; None where there is none."""
+        return max((c.rounds_to_decide for c in self.comparisons if c.rounds_to_decide is not None), default=None)
+
+
 class _Estimate(NamedTuple):
     center: float
     low: float
@@ -103,12 +132,14 @@ def speed_figures(
     *,
     baseline: str,
     parents: Mapping[str, str | None],
-    margin: float = MARGIN,
+    plan: LookPlan | None = None,
+    looks_taken: int | None = None,
 ) -> SpeedFigures:
     """Figures of every stage at every point, in the order in which `parents` names the stages.
 
     A point at which a stage has fewer than two rounds has no figure. A ratio takes the rounds that both stages have.
     """
+    margin = MARGIN if plan is None else plan.margin
     blocks: dict[tuple[str, int], dict[Point, dict[tuple[int, int], float]]] = defaultdict(lambda: defaultdict(dict))
     points: dict[Point, None] = {}
     for sample in samples:
@@ -159,6 +190,52 @@ def speed_figures(
             NoiseFloor(**point.model_dump(), ratio_low=low, ratio_high=high) for point, (low, high) in floors.items()
         ),
     )
+
+
+def decide(
+    samples: Iterable[Sample], *, baseline: str, parents: Mapping[str, str | None], plan: LookPlan, look: int
+) -> Decisions:
+    """The verdict of every stage at every point against the baseline at the `look`-th look (from 1)."""
+    found = speed_figures(samples, baseline=baseline, parents=parents, plan=plan, looks_taken=look)
+    return Decisions(
+        look=look,
+        comparisons=tuple(
+            Decision(
+                stage=stage,
+                point=Point(kind=p.kind, batch=p.batch, prompt=p.prompt, new_tokens=p.new_tokens),
+                verdict=p.vs_baseline.verdict,
+                rounds_to_decide=p.vs_baseline.rounds_to_decide,
+            )
+            for stage, points in found.stages.items()
+            for p in points
+            if p.vs_baseline is not None
+        ),
+    )
+
+
+def compare_stages(
+    samples: Iterable[Sample],
+    stage: str,
+    other: str,
+    *,
+    baseline: str,
+    plan: LookPlan | None = None,
+    looks_taken: int | None = None,
+    comparisons: int = 1,
+) -> dict[Point, SpeedRatio]:
+    """How much faster `stage` is than `other` at every point, from the rounds that both have.
+
+    `baseline` names the stage whose second process shows the noise. `comparisons` is the number of such pairs that one
+    table shows (stages, not points): they are corrected together.
+    """
+    found = speed_figures(
+        samples, baseline=baseline, parents={other: None, stage: other}, plan=plan, looks_taken=looks_taken
+    )
+    return {
+        Point(kind=p.kind, batch=p.batch, prompt=p.prompt, new_tokens=p.new_tokens): p.vs_parent
+        for p in found.stages[stage]
+        if p.vs_parent is not None
+    }
 
 
 def verdict(low: float, high: float, *, margin: float = MARGIN, floor: tuple[float, float] = (1.0, 1.0)) -> Verdict:
