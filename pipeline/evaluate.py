@@ -17,9 +17,11 @@ from pipeline.measure.effect import EFFECT_VERSION, Effect, compare_artifacts
 from pipeline.measure.process import StageToMeasure
 from pipeline.measure.quality import (
     QUALITY_VERSION,
+    Judgement,
     QualityWorkload,
     StageQuality,
     fit_windows,
+    judge,
     measure_quality,
 )
 from pipeline.measure.samples import SpeedMeasurement
@@ -38,6 +40,8 @@ class Measured:
     text_digest: str
     effects: Mapping[str, Effect] = field(default_factory=dict)
     quality: Mapping[str, StageQuality] = field(default_factory=dict)
+    judgements: Mapping[str, Judgement] = field(default_factory=dict)
+    """What the recipe's thresholds make of the quality of those that were compared with the baseline."""
     speed: SpeedMeasurement | None = None
     failures: Mapping[str, str] = field(default_factory=dict)
     """Why a stage has no figures."""
@@ -132,6 +136,7 @@ class Evaluation:
             text_digest=text_digest,
             effects=effects,
             quality=quality.stages,
+            judgements=self._judgements(quality.stages),
             speed=timed,
             failures=failures,
             unloadable=unloadable,
@@ -216,6 +221,16 @@ class Evaluation:
             unloadable=set(measured.unloadable),
             notes=(*notes, *measured.notes),
         )
+
+    def _judgements(self, quality: Mapping[str, StageQuality]) -> dict[str, Judgement]:
+        """By the thresholds of this recipe, whenever the figures were found."""
+        thresholds = self.recipe.evaluate.quality.thresholds
+        random_weights = self.recipe.model.architecture is not None
+        return {
+            name: judge(found.vs_baseline, thresholds, random_weights=random_weights)
+            for name, found in quality.items()
+            if found.vs_baseline is not None
+        }
 
     def _speed(self, stages: list[StageToMeasure]) -> SpeedMeasurement:
         self._probe()

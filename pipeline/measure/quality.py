@@ -14,6 +14,7 @@ from pipeline.artifact import Artifact, Frozen
 from pipeline.errors import PipelineError, StageError
 from pipeline.measure.process import LoadError, StageToMeasure, StartWorker, Worker
 from pipeline.measure.scoring import NLL, Scored, ScoreWork, windows_over
+from pipeline.recipe.schema import Thresholds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,24 +30,12 @@ KEPT_BYTES = 512 * 2**20
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 32
 
-BROKEN_PERPLEXITY_RATIO = 2.0
-BROKEN_TOP1_AGREEMENT = 0.5
-BROKEN_KL_DIVERGENCE = 0.1
-"""Nats. A stage that predicts other tokens than a baseline which hardly prefers any is not broken by that alone."""
-
-BROKEN_RANDOM_AGREEMENT = 0.1
-EQUIVALENT_RANDOM_AGREEMENT = 0.99
-"""Of a model with random weights: its predictions are nearly uniform, so that a wrong stage has nearly its perplexity
-and diverges little from it; which token comes first is all that a wrong stage does not get right."""
-
-EQUIVALENT_PERPLEXITY_RATIO = 1.01
-EQUIVALENT_KL_DIVERGENCE = 0.01
 LEAST_BLOCKS = 8
 """Stretches of text that the interval resamples."""
 
 
-QUALITY_VERSION = 1
-"""Enters the key of cached results: raised when the same predictions would be scored or judged otherwise."""
+QUALITY_VERSION = 2
+"""Enters the key of cached results: raised when the same predictions would be scored otherwise."""
 
 
 class QualityWorkload(Frozen):
@@ -65,8 +54,8 @@ class RatioInterval(Frozen):
     high: float | None
 
 
-class QualityComparison(Frozen):
-    """A stage against the baseline on the same tokens."""
+class QualityFigures(Frozen):
+    """A stage against the baseline on the same tokens: what was found, whatever a recipe makes of it."""
 
     perplexity_ratio: RatioInterval
     kl_divergence: float | None = Field(description="mean of KL(baseline || stage) over the kept tokens, nats")
@@ -77,7 +66,14 @@ class QualityComparison(Frozen):
     first_divergence: int | None = Field(
         description="first token of the greedy text that differs; None where none does"
     )
+    identical: bool = Field(description="every prediction that was compared is the baseline's, bit for bit")
+
+
+class Judgement(Frozen):
+    """What a recipe's thresholds make of the figures."""
+
     verdict: QualityVerdict
+    reason: str = Field(description="the figure and the threshold that decided")
 
 
 class StageQuality(Frozen):
@@ -91,7 +87,7 @@ class StageQuality(Frozen):
     stride: int
     sample_prompt: str = ""
     sample_text: str = Field(default="", description="greedy text after the prompt")
-    vs_baseline: QualityComparison | None = Field(default=None, description="None for the baseline")
+    vs_baseline: QualityFigures | None = Field(default=None, description="None for the baseline")
 
 
 class QualityMeasurement(Frozen):
@@ -121,7 +117,7 @@ def measure_quality(
     baseline cannot be scored, no stage is, and all have its reason.
 
     A model with random weights has no tokenizer and no text is likelier to it than another: with `random_weights`, a
-    seed, tokens are drawn evenly from its vocabulary instead, and the verdict rests on agreement alone.
+    seed, tokens are drawn evenly from its vocabulary instead.
 
     Raises: PipelineError where there is no such baseline, no tokenizer or another model's, or too little text.
     """
@@ -195,7 +191,6 @@ def measure_quality(
                     np.load(folder / baseline / NLL),
                     scored[stage.name],
                     scored[baseline].sample,
-                    random_weights=random_weights is not None,
                 )
             measured[stage.name] = StageQuality(
                 perplexity=perplexity(nll),
@@ -288,27 +283,18 @@ def compare_quality(
     baseline_nll: np.ndarray,
     scored: Scored,
     baseline_sample: Sequence[int],
-    *,
-    random_weights: bool = False,
-) -> QualityComparison:
+) -> QualityFigures:
     """A stage's tokens against the baseline's, both as negative log-likelihoods (float64, nats) in the same order."""
     import numpy as np
 
-    ratio = perplexity_ratio(nll, baseline_nll)
-    identical = np.array_equal(nll, baseline_nll) and scored.max_abs_logit_error == 0.0 and scored.top1_agreement == 1.0
-    return QualityComparison(
-        perplexity_ratio=ratio,
+    same = scored.max_abs_logit_error == 0.0 and scored.top1_agreement == 1.0
+    return QualityFigures(
+        perplexity_ratio=perplexity_ratio(nll, baseline_nll),
         kl_divergence=_finite(scored.kl_divergence),
         top1_agreement=scored.top1_agreement,
         max_abs_logit_error=_finite(scored.max_abs_logit_error),
         first_divergence=first_divergence(scored.sample, baseline_sample),
-        verdict=quality_verdict(
-            ratio=ratio,
-            kl_divergence=_finite(scored.kl_divergence),
-            top1_agreement=scored.top1_agreement,
-            identical=identical,
-            random_weights=random_weights,
-        ),
+        identical=same and np.array_equal(nll, baseline_nll),
     )
 
 
@@ -361,42 +347,77 @@ def first_divergence(sample: Sequence[int], baseline: Sequence[int]) -> int | No
     return next((i for i, (a, b) in enumerate(zip(sample, baseline, strict=True)) if a != b), None)
 
 
-def quality_verdict(
-    *,
-    ratio: RatioInterval,
-    kl_divergence: float | None,
-    top1_agreement: float | None,
-    identical: bool,
-    random_weights: bool = False,
-) -> QualityVerdict:
-    """What the figures say.
+def judge(figures: QualityFigures, thresholds: Thresholds, *, random_weights: bool = False) -> Judgement:
+    """What the figures say by these thresholds, and which of them decided.
 
-    broken: a figure is not finite, the perplexity ratio exceeds BROKEN_PERPLEXITY_RATIO, or the most likely tokens
-    agree less often than BROKEN_TOP1_AGREEMENT while the divergence exceeds BROKEN_KL_DIVERGENCE. identical: bit for
-    bit. equivalent: the upper end of the perplexity ratio's interval is at most EQUIVALENT_PERPLEXITY_RATIO and the
-    divergence at most EQUIVALENT_KL_DIVERGENCE. degraded: anything else.
+    broken: a figure is not finite, the perplexity ratio exceeds its threshold, or the most likely tokens agree too
+    seldom while the divergence is beyond its threshold, too: a stage that predicts other tokens than a baseline which
+    hardly prefers any is not broken by that alone. identical: bit for bit. equivalent: the interval of the perplexity
+    ratio lies within its threshold and the inverse of that, and the divergence is within its own. degraded: anything
+    else.
 
-    With random weights the perplexity ratio says nothing: broken is an agreement below BROKEN_RANDOM_AGREEMENT, and
-    equivalent takes one of EQUIVALENT_RANDOM_AGREEMENT.
+    With random weights predictions are nearly uniform: a wrong stage has nearly the baseline's perplexity and diverges
+    little from it. Which token comes first is all that it does not get right, so the agreement decides.
     """
-    if ratio.ratio is None or ratio.high is None or kl_divergence is None or top1_agreement is None:
-        return "broken"
+    ratio, kl, top1 = figures.perplexity_ratio, figures.kl_divergence, figures.top1_agreement
+    if ratio.ratio is None or ratio.low is None or ratio.high is None or kl is None or top1 is None:
+        return Judgement(verdict="broken", reason="a prediction is not finite")
+    broken = _why_broken(ratio.ratio, kl, top1, thresholds, random_weights)
+    if broken is not None:
+        return Judgement(verdict="broken", reason=broken)
+    if figures.identical:
+        return Judgement(verdict="identical", reason="every prediction is the baseline's, bit for bit")
+    limit = thresholds.equivalent_perplexity_ratio
+    lacking: list[str] = []
+    within: list[str] = []
     if random_weights:
-        if identical:
-            return "identical"
-        if top1_agreement < BROKEN_RANDOM_AGREEMENT:
-            return "broken"
-        close = top1_agreement >= EQUIVALENT_RANDOM_AGREEMENT and kl_divergence <= EQUIVALENT_KL_DIVERGENCE
-        return "equivalent" if close else "degraded"
-    if ratio.ratio > BROKEN_PERPLEXITY_RATIO:
-        return "broken"
-    if top1_agreement < BROKEN_TOP1_AGREEMENT and kl_divergence > BROKEN_KL_DIVERGENCE:
-        return "broken"
-    if identical:
-        return "identical"
-    if ratio.high <= EQUIVALENT_PERPLEXITY_RATIO and kl_divergence <= EQUIVALENT_KL_DIVERGENCE:
-        return "equivalent"
-    return "degraded"
+        least = thresholds.equivalent_random_agreement
+        agreement = f"the most likely token is the baseline's in {_share(top1)} of places"
+        (within if top1 >= least else lacking).append(
+            f"{agreement}: {'at least' if top1 >= least else 'below'} {least:.0%}"
+        )
+    else:
+        figure = f"perplexity {_shown(ratio.ratio)} times the baseline's"
+        if 1 / limit <= ratio.low and ratio.high <= limit:
+            within.append(
+                f"{figure} ({_shown(ratio.low)} to {_shown(ratio.high)}): within {1 / limit:.4g} to {limit:g}"
+            )
+        else:
+            end, bound = (ratio.high, limit) if ratio.high > limit else (ratio.low, 1 / limit)
+            wholly = ratio.low > limit or ratio.high < 1 / limit
+            reach = "beyond" if wholly else f"its interval reaches {_shown(end)}, beyond"
+            lacking.append(f"{figure}: {reach} {bound:.4g}")
+    close = kl <= thresholds.equivalent_kl_divergence
+    divergence = f"KL divergence {kl:.2g} nats: {'at most' if close else 'beyond'}"
+    (within if close else lacking).append(f"{divergence} {thresholds.equivalent_kl_divergence:g}")
+    if lacking:
+        return Judgement(verdict="degraded", reason="; ".join(lacking))
+    return Judgement(verdict="equivalent", reason="; ".join(within))
+
+
+def _why_broken(ratio: float, kl: float, top1: float, thresholds: Thresholds, random_weights: bool) -> str | None:
+    """The figure that says so; None where none does."""
+    agreement = f"the most likely token is the baseline's in {_share(top1)} of places"
+    if random_weights:
+        least = thresholds.broken_random_agreement
+        return f"{agreement}: below {least:.0%}" if top1 < least else None
+    if ratio > thresholds.broken_perplexity_ratio:
+        return f"perplexity {_shown(ratio)} times the baseline's: beyond {thresholds.broken_perplexity_ratio:g}"
+    if top1 < thresholds.broken_top1_agreement and kl > thresholds.broken_kl_divergence:
+        return (
+            f"{agreement}: below {thresholds.broken_top1_agreement:.0%}; "
+            f"KL divergence {kl:.2g} nats: beyond {thresholds.broken_kl_divergence:g}"
+        )
+    return None
+
+
+def _shown(ratio: float) -> str:
+    """Digits enough to tell it from 1."""
+    return f"{ratio:.4f}" if abs(ratio - 1) < 0.01 else f"{ratio:.3f}" if ratio < 100 else f"{ratio:,.0f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if value < 0.995 or value == 1.0 else f"{value:.3%}"
 
 
 def fit_windows(wanted: QualityWorkload, artifacts: Sequence[Artifact]) -> tuple[QualityWorkload, tuple[str, ...]]:

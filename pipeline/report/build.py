@@ -13,7 +13,7 @@ from pipeline.evaluate import Measured
 from pipeline.execute import StageResult
 from pipeline.hardware.probe import cached_probe, probe_folder
 from pipeline.measure.effect import Effect as FoundEffect
-from pipeline.measure.quality import StageQuality
+from pipeline.measure.quality import Judgement, StageQuality
 from pipeline.measure.samples import LoadTimes, SpeedMeasurement
 from pipeline.measure.statistics import NoiseFloor as MeasuredFloor
 from pipeline.measure.statistics import SpeedPoint, speed_figures
@@ -83,6 +83,7 @@ def build_report(
                 artifact,
                 effect=measured.effects.get(planned.name),
                 quality=measured.quality.get(planned.name),
+                judgement=measured.judgements.get(planned.name),
                 speed=speed,
                 points=figures.get(planned.name, ()),
                 failure=measured.failures.get(planned.name),
@@ -159,6 +160,7 @@ def _stage(
     *,
     effect: FoundEffect | None,
     quality: StageQuality | None,
+    judgement: Judgement | None,
     speed: SpeedMeasurement | None,
     points: tuple[SpeedPoint, ...],
     failure: str | None,
@@ -185,7 +187,7 @@ def _stage(
             "load": load,
             "inference_peak_memory_bytes": speed.inference_peak_memory_bytes.get(planned.name) if speed else None,
             "speed": tuple(_speed(p) for p in points) if measured else None,
-            "quality": _quality(quality) if quality else None,
+            "quality": _quality(quality, judgement) if quality else None,
         }
     )
 
@@ -218,15 +220,17 @@ def _speed(point: SpeedPoint) -> Speed:
     return Speed.model_validate({**point.model_dump(), "new_tokens": point.new_tokens or None})
 
 
-def _quality(quality: StageQuality) -> QualityFacts:
-    paired = quality.vs_baseline
+def _quality(quality: StageQuality, judgement: Judgement | None) -> QualityFacts:
+    figures = None
+    if quality.vs_baseline is not None and judgement is not None:
+        figures = {**quality.vs_baseline.model_dump(exclude={"identical"}), **judgement.model_dump()}
     return QualityFacts(
         perplexity=quality.perplexity,
         tokens=quality.tokens,
         compared_tokens=quality.kept_tokens,
         sample_prompt=quality.sample_prompt,
         sample_text=quality.sample_text,
-        vs_baseline=QualityRatio.model_validate(paired.model_dump()) if paired else None,
+        vs_baseline=QualityRatio.model_validate(figures) if figures else None,
     )
 
 

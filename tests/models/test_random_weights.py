@@ -17,13 +17,14 @@ from pipeline.artifact import Artifact, Interface, Manifest
 from pipeline.errors import PipelineError
 from pipeline.execute import StageResult, execute
 from pipeline.hardware import describe_host, load_profile
-from pipeline.measure.quality import RatioInterval, quality_verdict, seeded_tokens
+from pipeline.measure.quality import QualityFigures, RatioInterval, judge, seeded_tokens
 from pipeline.models import find_source, source_artifact
 from pipeline.models.random_weights import build_config, draw_model
 from pipeline.plan import Plan, make_plan
 from pipeline.plugin import Registry
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.load import recipe_from_text
+from pipeline.recipe.schema import Thresholds
 from pipeline.run import run
 from pipeline.runtime import ExecutionSpec
 from pipeline.runtime.torch import TorchRunner
@@ -316,9 +317,15 @@ def test_an_architecture_is_never_described_without_its_weights(store: Store) ->
 
 def verdict(top1: float | None, kl: float | None, ratio: float = 1.0, *, identical: bool = False) -> str:
     interval = RatioInterval(ratio=ratio, low=ratio, high=ratio)
-    return quality_verdict(
-        ratio=interval, kl_divergence=kl, top1_agreement=top1, identical=identical, random_weights=True
+    figures = QualityFigures(
+        perplexity_ratio=interval,
+        kl_divergence=kl,
+        top1_agreement=top1,
+        max_abs_logit_error=0.0,
+        first_divergence=None,
+        identical=identical,
     )
+    return judge(figures, Thresholds(), random_weights=True).verdict
 
 
 def test_the_verdict_rests_on_agreement() -> None:
