@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 ABSENT = "–"
+MARGIN = 0.01
+"""The equivalence margin of a report that does not say its own."""
+
+MOST_DIGITS = 6
 
 
 class Bounded(Protocol):
@@ -32,6 +37,34 @@ def seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
+def duration(value: float) -> str:
+    """A time with three significant digits, in the unit that suits it."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * scale >= 0.9995 or unit == "µs":
+            break
+    return f"{_three_digits(value * scale)} {unit}"
+
+
+def duration_interval(median: float, figure: Bounded) -> str:
+    """The ends in the median's unit, which stands behind them."""
+    if figure.low is None or figure.high is None:
+        return ABSENT
+    unit = duration(median).split()[1]
+    scale = {"s": 1.0, "ms": 1e3, "µs": 1e6}[unit]
+    digits = _digits_for_three(median * scale)
+    return f"{figure.low * scale:,.{digits}f}–{figure.high * scale:,.{digits}f} {unit}"
+
+
+def thousands(value: float | None) -> str:
+    """A large count with its SI prefix: `2.20 G`."""
+    if value is None:
+        return ABSENT
+    for prefix, scale in (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12)):
+        if value < 999.5 * scale or prefix == "T":
+            break
+    return f"{value:,.0f}" if not prefix else f"{_three_digits(value / scale)} {prefix}"
+
+
 def number(value: float | None, spec: str) -> str:
     return ABSENT if value is None else format(value, spec)
 
@@ -55,12 +88,13 @@ def rate_interval(median: float, figure: Bounded) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio with as many digits as tell it from 1: `6.75 ×`, `1.002 ×`."""
+    """A ratio alone, with as many digits as tell it from 1: `6.75 ×`, `1.002 ×`."""
     return "not finite" if ratio is None else f"{ratio:,.{ratio_digits(ratio)}f} ×"
 
 
-def times_interval(ratio: float | None, figure: Bounded) -> str:
-    return ABSENT if ratio is None else _ends(figure, ratio_digits(ratio))
+def times_interval(ratio: float, figure: Bounded, margin: float = MARGIN) -> str:
+    """The ends of a ratio's interval, none of them rounded across 1 or an edge of the margin, or onto one."""
+    return _ends(figure, ratio_digits(ratio), (1.0, 1.0 + margin, 1.0 / (1.0 + margin)))
 
 
 def ratio_digits(ratio: float) -> int:
@@ -75,7 +109,10 @@ def finer_times(ratio: float | None) -> str:
 
 
 def finer_interval(ratio: float | None, figure: Bounded) -> str:
-    return ABSENT if ratio is None else _ends(figure, finer_digits(ratio))
+    """The ends of an interval of perplexity ratios, none of them rounded across 1."""
+    if ratio is None:
+        return ABSENT
+    return _ends(figure, finer_digits(ratio), (1.0,))
 
 
 def finer_digits(ratio: float) -> int:
@@ -94,7 +131,27 @@ def gate_value(value: float | None) -> str:
     return number(value, ",.0f" if large else ".5g")
 
 
-def _ends(figure: Bounded, digits: int) -> str:
+def _ends(figure: Bounded, digits: int, limits: Sequence[float] = ()) -> str:
     if figure.low is None or figure.high is None:
         return ABSENT
-    return f"{figure.low:,.{digits}f}–{figure.high:,.{digits}f}"
+    return f"{_end(figure.low, digits, limits)}–{_end(figure.high, digits, limits)}"
+
+
+def _end(value: float, least: int, limits: Sequence[float]) -> str:
+    """One end with at least so many digits, and as many as keep it on its own side of every limit."""
+    digits = next((d for d in range(least, MOST_DIGITS) if _keeps_side(value, d, limits)), max(least, MOST_DIGITS))
+    return f"{value:,.{digits}f}"
+
+
+def _keeps_side(value: float, digits: int, limits: Sequence[float]) -> bool:
+    shown = round(value, digits)
+    return all((value > limit) == (shown > limit) and (value < limit) == (shown < limit) for limit in limits)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{_digits_for_three(value)}f}"
+
+
+def _digits_for_three(value: float) -> int:
+    """Decimals that make three significant digits; none where there are three before the point."""
+    return max(0, 2 - math.floor(math.log10(float(f"{value:.3g}")))) if value > 0 else 0

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 from pipeline.report import figures, words
 from pipeline.report.charts import Axis, Dot, Scatter, Tick, Whisker, rate_axis, ratio_axis, scatter, whisker
+from pipeline.report.effects import effect_in_words
 from pipeline.report.machines import host_facts, target_facts
+from pipeline.report.points import KINDS, point_in_words
 from pipeline.report.schema import Interval, NoiseFloor, PlainRatio, Report, Speed, StageReport
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -156,7 +158,7 @@ def render_html(report: Report) -> str:
         cost=cost_rows(report),
         cards=tuple(cards(report)),
         random_weights=words.has_random_weights(report),
-        effect_in_words=words.effect_in_words,
+        effect_in_words=effect_in_words,
         is_broken=words.is_broken,
         floor_share=figures.floor_share,
         report_link=data_link("application/json", report.to_json()),
@@ -191,7 +193,7 @@ def shown_stage(report: Report) -> StageReport | None:
 def glance_points(report: Report) -> tuple[Speed, ...]:
     """The first workload point of each kind, in the order in which they are told."""
     points = [p for s in report.stages for p in s.speed or ()]
-    found = (next((p for p in points if p.kind == kind), None) for kind in words.KINDS)
+    found = (next((p for p in points if p.kind == kind), None) for kind in KINDS)
     return tuple(p for p in found if p is not None)
 
 
@@ -222,7 +224,7 @@ def tree(report: Report) -> Iterator[Branch]:
 def speed_charts(report: Report) -> Iterator[SpeedChart]:
     """One chart for every workload point."""
     points = {(p.kind, p.batch, p.prompt): p for s in report.stages for p in s.speed or ()}
-    order = sorted(points, key=lambda key: (words.KINDS.index(key[0]), *key[1:]))
+    order = sorted(points, key=lambda key: (KINDS.index(key[0]), *key[1:]))
     for key in order:
         rows = [(s, p) for s in report.stages for p in s.speed or () if (p.kind, p.batch, p.prompt) == key]
         floor = next((f for f in report.noise_floor if (f.kind, f.batch, f.prompt) == key), None)
@@ -232,7 +234,7 @@ def speed_charts(report: Report) -> Iterator[SpeedChart]:
         absolute = rate_axis([v for _, p in rows for v in (p.tokens_per_s.median, *_ends_to_show(p.tokens_per_s))])
         rounds, launches = max(p.rounds for _, p in rows), max(p.launches for _, p in rows)
         yield SpeedChart(
-            title=words.point_in_words(rows[0][1]),
+            title=point_in_words(rows[0][1]),
             counts=f"{rounds} rounds in {launches} launch{'es' if launches > 1 else ''}",
             floor=_floor(ratio, floor),
             floor_words=f"{floor.ratio_low:.3f}–{floor.ratio_high:.3f}" if floor else "",
@@ -276,7 +278,7 @@ def quality_chart(report: Report) -> QualityChart | None:
     return QualityChart(
         wide=scatter(dots, width=920, height=430, font=14, longest=24),
         narrow=scatter(dots, width=360, height=400, font=13, longest=16),
-        x_title=f"tokens/s, {words.point_in_words(first)}",
+        x_title=f"tokens/s, {point_in_words(first)}",
         y_title=f"1 + KL from {report.baseline}, lower is better" if random else f"perplexity {against}",
         front=tuple(n for n in report.pareto if n in {d.name for d in dots}),
         left_out=tuple(left_out),

@@ -6,9 +6,24 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from pipeline.report import figures, words
+from pipeline.report import figures
+from pipeline.report import words as words_of
+from pipeline.report.effects import changed_counts, effect_facts, most_changed
 from pipeline.report.machines import host_facts, target_facts
-from pipeline.report.schema import Report, StageReport
+from pipeline.report.points import TIME_WORDS, point_in_words, points_of, timed_at
+from pipeline.report.schema import Divergence, Report, Speed, StageReport
+from pipeline.report.tables import Table as Figures
+from pipeline.report.tables import ablation_table, roofline_table
+from pipeline.report.verdicts import (
+    RATIO_NOTE,
+    counts_in_words,
+    is_contradicted,
+    margin_of,
+    noise_floor,
+    outliers_in_words,
+    schedule_in_words,
+    why_undecided,
+)
 
 SPECIAL = re.compile(r"([\\`*\[\]|~$]|^[#+\->]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 """What Markdown takes for markup: anywhere, at the start of a line, or beside a word."""
@@ -21,6 +36,8 @@ def render_markdown(report: Report) -> str:
         _gates(report),
         _speed(report),
         _quality(report),
+        _figures(roofline_table(report)),
+        _figures(ablation_table(report)),
         _resources(report),
         _stages(report),
         _where(report),
@@ -68,7 +85,7 @@ def _head(report: Report) -> Iterator[str]:
     if report.description:
         yield f"\n{plain(report.description)}"
     yield ""
-    for line in words.headline(report):
+    for line in words_of.headline(report):
         shout = line.startswith("BROKEN")
         yield f"- **{plain(line)}**" if shout else f"- {plain(line)}"
     target = plain(report.hardware.get("name"))
@@ -101,68 +118,121 @@ def _gates(report: Report) -> Iterator[str]:
 
 
 def _speed(report: Report) -> Iterator[str]:
-    points = {(p.kind, p.batch, p.prompt): p for s in report.stages for p in s.speed or ()}
+    points = points_of(report)
     if not points:
         return
-    yield "## Speed"
-    for key in sorted(points, key=lambda k: (words.KINDS.index(k[0]), *k[1:])):
-        rows = [(s, p) for s in report.stages for p in s.speed or () if (p.kind, p.batch, p.prompt) == key]
-        floor = next((f for f in report.noise_floor if (f.kind, f.batch, f.prompt) == key), None)
+    yield "## Speed\n"
+    if report.schedule is not None:
+        yield f"{schedule_in_words(report.schedule)}.\n"
+    yield RATIO_NOTE
+    base, margin = plain(report.baseline), margin_of(report)
+    for point in points:
+        rows = list(timed_at(report, point))
+        floor = report.floor_at(point)
         noise = (
-            f"{plain(report.baseline)} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}"
+            f"{base} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}"
             if floor
-            else f"{plain(report.baseline)} did not run against itself, so nothing is claimed"
+            else f"{base} did not run against itself, so nothing is claimed"
         )
-        first = words.point_in_words(rows[0][1])
-        rounds, launches = max(p.rounds for _, p in rows), max(p.launches for _, p in rows)
+        first = point_in_words(point)
         yield f"\n### {plain(first[:1].upper() + first[1:])}\n"
-        yield f"{rounds} rounds in {launches} launch{'es' if launches > 1 else ''}; {noise}.\n"
+        yield f"{counts_in_words([p for _, p in rows])}; {noise}.\n"
         lines = []
-        for stage, point in rows:
-            ratio, rate = point.vs_baseline, point.tokens_per_s
+        for stage, own in rows:
+            ratio, rate, time = own.vs_baseline, own.tokens_per_s, own.latency_s
             compared = (
-                (figures.times(ratio.ratio), figures.times_interval(ratio.ratio, ratio), _verdict(ratio.verdict))
+                (figures.times(ratio.ratio), figures.times_interval(ratio.ratio, ratio, margin))
                 if ratio
-                else ("–", "–", "baseline" if stage.name == report.baseline else "–")
+                else ("–",) * 2
             )
             lines.append(
-                (plain(stage.name), figures.rate(rate.median), figures.rate_interval(rate.median, rate), *compared)
+                (
+                    plain(stage.name),
+                    figures.rate(rate.median),
+                    figures.rate_interval(rate.median, rate),
+                    figures.duration(time.median),
+                    figures.duration_interval(time.median, time),
+                    *compared,
+                    _speed_verdict(stage, own, report),
+                )
             )
-        base = plain(report.baseline)
-        yield from table(("stage", ">tokens/s", ">95 %", f">× {base}", ">95 %", "verdict"), lines)
+        header = (
+            "stage",
+            ">tokens/s",
+            ">95 %",
+            f">{TIME_WORDS[point.kind]}",
+            ">95 %",
+            f">× {base}",
+            ">95 %",
+            "verdict",
+        )
+        yield from table(header, lines)
+
+
+def _speed_verdict(stage: StageReport, point: Speed, report: Report) -> str:
+    """The verdict, why there is none, and what speaks against believing or using it."""
+    if point.vs_baseline is None:
+        words = ["baseline" if stage.name == report.baseline else "–"]
+    else:
+        words = [_verdict(point.vs_baseline.verdict)]
+        words += filter(None, [plain(why_undecided(point.vs_baseline, noise_floor(point, report)))])
+    if is_contradicted(stage, point, report):
+        words.append("**contradiction**: it changed nothing")
+    if words_of.is_broken(stage):
+        words.append(_verdict("broken"))
+    if flag := words_of.short_flag(stage):
+        words.append(f"**{plain(flag)}**")
+    words += filter(None, [outliers_in_words(point)])
+    return ", ".join(words)
 
 
 def _quality(report: Report) -> Iterator[str]:
-    scored = [s for s in report.stages if s.quality is not None]
-    tokens = max((s.quality.tokens for s in scored if s.quality), default=0)
+    scored = [(s, s.quality) for s in report.stages if s.quality is not None]
     if not scored:
         return
-    yield f"## Quality on {tokens:,} held-out tokens\n"
-    if words.has_random_weights(report):
+    tokens = max(quality.tokens for _, quality in scored)
+    base, random = plain(report.baseline), words_of.has_random_weights(report)
+    if random:
+        yield f"## Agreement with {base} on {tokens:,} tokens\n"
         yield "The weights are random: perplexity means nothing here, agreement with the baseline does.\n"
+    else:
+        yield f"## Quality on {tokens:,} held-out tokens\n"
     rows = []
-    for stage in scored:
-        quality = stage.quality
-        if quality is None:
-            continue
+    for stage, quality in scored:
         paired = quality.vs_baseline
-        if paired is None:
-            rest = ("–",) * 5 + ("baseline" if stage.name == report.baseline else "–",)
-        else:
-            ratio = paired.perplexity_ratio
-            rest = (
-                figures.finer_times(ratio.ratio),
-                figures.finer_interval(ratio.ratio, ratio),
-                figures.number(paired.kl_divergence, ".2g"),
-                figures.percent(paired.top1_agreement),
-                figures.number(paired.max_abs_logit_error, ".3g"),
-                _verdict(paired.verdict),
+        ratio = paired.perplexity_ratio if paired else None
+        perplexity = (
+            figures.number(quality.perplexity, ".3f"),
+            figures.finer_times(ratio.ratio) if ratio else "–",
+            figures.finer_interval(ratio.ratio, ratio) if ratio else "–",
+        )
+        verdict = "baseline" if stage.name == report.baseline else "–"
+        if paired:
+            verdict = _verdict(paired.verdict) + (f": {plain(paired.reason)}" if paired.reason else "")
+        rows.append(
+            (
+                plain(stage.name),
+                *(() if random else perplexity),
+                figures.number(paired.kl_divergence, ".2g") if paired else "–",
+                figures.percent(paired.top1_agreement) if paired else "–",
+                figures.number(paired.max_abs_logit_error, ".3g") if paired else "–",
+                verdict,
             )
-        rows.append((plain(stage.name), figures.number(quality.perplexity, ".3f"), *rest))
-    header = ("stage", ">perplexity", f">× {plain(report.baseline)}", ">95 %", ">KL", ">same top token")
+        )
+    header = ("stage", *(() if random else (">perplexity", f">× {base}", ">95 %")), ">KL", ">same top token")
     yield from table((*header, ">largest logit error", "verdict"), rows)
     if report.pareto:
-        yield f"\nNo other stage beats these in both decode speed and quality: {plain(', '.join(report.pareto))}."
+        kind = words_of.front_kind(report)
+        yield f"\nNo other stage beats these in both {kind} speed and quality: {plain(', '.join(report.pareto))}."
+
+
+def _figures(found: Figures | None) -> Iterator[str]:
+    """A table that every renderer shows alike."""
+    if found is None:
+        return
+    yield f"## {found.title}\n"
+    yield f"{plain(found.note)}\n"
+    yield from table(found.header, (tuple(map(plain, row)) for row in found.rows))
 
 
 def _resources(report: Report) -> Iterator[str]:
@@ -203,7 +273,7 @@ def _stages(report: Report) -> Iterator[str]:
         source = f", from {code(stage.parent)}" if stage.parent else ""
         exported = ", exported" if stage.name == report.export else ""
         yield f"{code(stage.pass_)}{source}, {stage.status}{exported}\n"
-        yield plain(words.sentence(stage, report))
+        yield plain(words_of.sentence(stage, report))
         yield from _details(stage)
 
 
@@ -211,10 +281,13 @@ def _details(stage: StageReport) -> Iterator[str]:
     if stage.params:
         told = ", ".join(f"{code(f'{k}: {json.dumps(v, ensure_ascii=False)}')}" for k, v in stage.params.items())
         yield f"\nParameters: {told}"
-    if stage.effect and stage.effect.operators:
-        order = sorted(stage.effect.operators.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0]))
-        told = ", ".join(f"{code(name)} {before} → {after}" for name, (before, after) in order)
-        yield f"\nOperators: {told}"
+    if facts := [(term, said) for term, said in effect_facts(stage) if term != "nodes"]:
+        yield "\nFound by comparing: " + "; ".join(f"{plain(term)} {plain(said)}" for term, said in facts)
+    for title, counts in changed_counts(stage):
+        told = ", ".join(f"{code(name)} {before} → {after}" for name, (before, after) in most_changed(counts))
+        yield f"\n{title}: {told}"
+    if stage.quality and stage.quality.divergence:
+        yield from _divergence(stage.quality.divergence)
     if stage.log:
         yield f"\nLog: {code(stage.log)}"
     quality = stage.quality
@@ -226,6 +299,17 @@ def _details(stage: StageReport) -> Iterator[str]:
             where = ", the baseline's text" if at is None else f", leaves the baseline's at token {at}"
         yield f"\nGreedy continuation{where}:\n"
         yield block((quality.sample_prompt or "") + quality.sample_text)
+
+
+def _divergence(found: Divergence) -> Iterator[str]:
+    matched = f", {found.matched[0]} of {found.matched[1]} layers matched" if found.matched else ""
+    yield f"\nLayers against {code(found.reference)} on {found.tokens:,} tokens{matched}:\n"
+    rows = []
+    for layer in found.layers:
+        at = [word for word, name in (("first", found.first), ("most", found.most)) if name == layer.layer]
+        error = "not finite" if layer.relative_error is None else figures.number(layer.relative_error, ".2g")
+        rows.append((plain(layer.layer), error, " and ".join(at)))
+    yield from table(("layer", ">relative error", ""), rows)
 
 
 def _where(report: Report) -> Iterator[str]:

@@ -313,6 +313,10 @@ class PairedSpeed(Part):
     new_tokens: int | None = None
     ratio: Ratio
 
+    @property
+    def point(self) -> PointKey:
+        return self.kind, self.batch, self.prompt, self.new_tokens
+
 
 class Contribution(Part):
     """What a pass contributed: the whole chain against the chain without it, from the same rounds."""
@@ -396,7 +400,7 @@ class Report(Part):
             raise KeyError(name)
         return found
 
-    def floor_at(self, point: Speed) -> NoiseFloor | None:
+    def floor_at(self, point: Speed | PairedSpeed) -> NoiseFloor | None:
         """The noise floor at a workload point; None where it is not known."""
         for floor in self.noise_floor:
             if floor.point == point.point or floor.point == (*point.point[:3], None):

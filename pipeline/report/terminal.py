@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.figures import gate_value, megabytes, number, rate, rate_interval, seconds
-from pipeline.report.schema import Interval, PlainRatio, Ratio, Report, StageReport
-from pipeline.report.words import effect_in_words, headline, is_broken, sentence
+from pipeline.report.effects import effect_in_words
+from pipeline.report.figures import (
+    duration,
+    duration_interval,
+    finer_interval,
+    finer_times,
+    gate_value,
+    megabytes,
+    number,
+    percent,
+    rate,
+    rate_interval,
+    seconds,
+    times,
+    times_interval,
+)
+from pipeline.report.points import TIME_WORDS, point_in_words, points_of, timed_at
+from pipeline.report.schema import Report, Speed, StageReport
+from pipeline.report.tables import Table as Figures
+from pipeline.report.tables import ablation_table, roofline_table
+from pipeline.report.verdicts import (
+    RATIO_NOTE,
+    counts_in_words,
+    is_contradicted,
+    margin_of,
+    noise_floor,
+    outliers_in_words,
+    schedule_in_words,
+    why_undecided,
+)
+from pipeline.report.words import has_random_weights, headline, is_broken, sentence, short_flag
 
 STYLES = {
     "faster": "green",
@@ -30,23 +60,32 @@ STYLES = {
 }
 
 
+NARROW = 100
+"""Columns below which a figure's interval stands under it and not beside it."""
+
+Part = Callable[[Report, int], RenderableType | None]
+
+
 def render(report: Report, console: Console) -> None:
     """Print the whole report."""
     console.print()
-    parts = [
-        _head(report),
-        _headline(report),
-        _speed(report),
-        _quality(report),
-        _resources(report),
-        _predictions(report),
-        _changes(report),
-        _in_words(report),
-        _gates(report),
-    ]
+    parts: tuple[Part, ...] = (
+        _head,
+        _headline,
+        _speed,
+        _quality,
+        _roofline,
+        _ablation,
+        _resources,
+        _predictions,
+        _changes,
+        _in_words,
+        _gates,
+    )
     for part in parts:
-        if part is not None:
-            console.print(part)
+        shown = part(report, console.width)
+        if shown is not None:
+            console.print(shown)
             console.print()
 
 
@@ -57,7 +96,7 @@ def render_text(report: Report, width: int = 120) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def _head(report: Report) -> RenderableType:
+def _head(report: Report, width: int) -> RenderableType:
     lines = [
         f"[bold]{escape(report.recipe)}[/]  {escape(report.description)}".rstrip(),
         f"measured on {escape(str(report.host.get('cpu_model')))}, {report.threads} threads; "
@@ -70,77 +109,154 @@ def _head(report: Report) -> RenderableType:
     return Text.from_markup("\n".join(lines))
 
 
-def _headline(report: Report) -> RenderableType | None:
+def _headline(report: Report, width: int) -> RenderableType | None:
     lines = headline(report)
     return Text("\n".join(lines)) if lines else None
 
 
-def _speed(report: Report) -> RenderableType | None:
-    points = _points(report)
+def _speed(report: Report, width: int) -> RenderableType | None:
+    points = points_of(report)
     if not points:
         return None
-    tables: list[RenderableType] = []
-    for kind, batch, prompt in points:
-        here = [p for s in report.stages for p in s.speed or () if (p.kind, p.batch, p.prompt) == (kind, batch, prompt)]
-        new = here[0].new_tokens
-        what = f"prefill of {prompt} tokens" if kind == "prefill" else f"decode of {new} tokens after {prompt}"
-        rounds, launches = max(p.rounds for p in here), max(p.launches for p in here)
-        floor = next((f for f in report.noise_floor if (f.kind, f.batch, f.prompt) == (kind, batch, prompt)), None)
-        noise = f"; {report.baseline} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}" if floor else ""
-        counts = f"{rounds} rounds, {launches} launch{'es' if launches > 1 else ''}"
-        title = f"{what}, batch {batch} ({counts}{noise})"
-        table = _table("stage")
-        for column in ("tokens/s", "95 %", f"× {report.baseline}", "95 %"):
-            table.add_column(column, justify="right", overflow="fold")
-        table.add_column("verdict")
-        for stage in report.stages:
-            point = next((p for p in stage.speed or () if (p.kind, p.batch, p.prompt) == (kind, batch, prompt)), None)
-            if point is None:
-                continue
-            table.add_row(stage.name, *_rate(point.tokens_per_s), *_ratio(point.vs_baseline, stage, report))
-        tables += [Text(""), _titled(title, table)] if tables else [_titled(title, table)]
-    return Group(*tables)
+    parts: list[RenderableType] = []
+    if report.schedule is not None:
+        parts += [Text(schedule_in_words(report.schedule)), Text("")]
+    for point in points:
+        parts += [_speeds_at(point, report, width), Text("")]
+    return Group(*parts, Text(RATIO_NOTE, style="dim"))
 
 
-def _quality(report: Report) -> RenderableType | None:
+def _speeds_at(point: Speed, report: Report, width: int) -> RenderableType:
+    """All stages at one workload point."""
+    here = list(timed_at(report, point))
+    floor = report.floor_at(point)
+    noise = (
+        f"{report.baseline} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}"
+        if floor
+        else f"{report.baseline} did not run against itself, so nothing is claimed"
+    )
+    narrow = width < NARROW
+    table = _table("stage")
+    time_only, rate_only = narrow and point.kind == "forward", narrow and point.kind != "forward"
+    columns = ["tokens/s"] * (not time_only) + [TIME_WORDS[point.kind]] * (not rate_only) + [f"× {report.baseline}"]
+    told_alone = "tokens/s" if point.kind == "forward" else TIME_WORDS[point.kind]  # the other one's inverse
+    for column in columns:
+        table.add_column(column, justify="right")
+        if not narrow and column != told_alone:
+            table.add_column("95 %", justify="right")
+    table.add_column("verdict")
+    for stage, own in here:
+        speed, time, ratio = own.tokens_per_s, own.latency_s, own.vs_baseline
+        pairs = {
+            "tokens/s": (rate(speed.median), rate_interval(speed.median, speed)),
+            TIME_WORDS[point.kind]: (duration(time.median), duration_interval(time.median, time)),
+            columns[-1]: (times(ratio.ratio), times_interval(ratio.ratio, ratio, margin_of(report)))
+            if ratio
+            else ("–", "–"),
+        }
+        if narrow:
+            cells = ["\n".join(dict.fromkeys(pairs[column])) for column in columns]
+        else:
+            cells = [c for column in columns for c in pairs[column][: 1 if column == told_alone else 2]]
+        table.add_row(_name(stage.name, width, 4 if narrow else 6), *cells, _verdict(stage, own, report))
+    title = f"{point_in_words(point)} ({counts_in_words([p for _, p in here])}; {noise})"
+    flagged = [f"{s.name} {words}" for s, p in here if (words := outliers_in_words(p))]
+    shown = _titled(title, table)
+    return Group(shown, Text(f"kept, but far from the others: {'; '.join(flagged)}")) if flagged else shown
+
+
+def _verdict(stage: StageReport, point: Speed, report: Report) -> str:
+    """The verdict, why there is none, and what speaks against believing or using it."""
+    if point.vs_baseline is None:
+        return "baseline" if stage.name == report.baseline else "–"
+    words = [_styled(point.vs_baseline.verdict)]
+    if why := why_undecided(point.vs_baseline, noise_floor(point, report)):
+        words.append(escape(why))
+    if is_contradicted(stage, point, report):
+        words.append("[yellow]contradiction: it changed nothing[/]")
+    if is_broken(stage):
+        words.append(_styled("broken"))
+    if flag := short_flag(stage):
+        words.append(f"[bold red]{escape(flag)}[/]")
+    return ", ".join(words)
+
+
+def _quality(report: Report, width: int) -> RenderableType | None:
     scored = max((s.quality.tokens for s in report.stages if s.quality), default=0)
     if not scored:
         return None
+    random = has_random_weights(report)
     table = _table("stage")
-    for column in ("perplexity", f"× {report.baseline}", "95 %", "KL", "top-1"):
+    for column in ("KL", "top-1") if random else ("perplexity", f"× {report.baseline}", "95 %", "KL", "top-1"):
         table.add_column(column, justify="right", overflow="fold")
     table.add_column("verdict")
     for stage in report.stages:
         if stage.quality is None:
             continue
         paired = stage.quality.vs_baseline
-        table.add_row(
-            stage.name,
+        ratio = paired.perplexity_ratio if paired else None
+        perplexity = (
             number(stage.quality.perplexity, ".3f"),
-            *_plain_ratio(paired.perplexity_ratio if paired else None),
-            number(paired.kl_divergence, ".2g") if paired else "–",
-            number(paired.top1_agreement, ".1%") if paired else "–",
-            _styled(paired.verdict) if paired else ("baseline" if stage.name == report.baseline else "–"),
+            finer_times(ratio.ratio) if ratio else "–",
+            finer_interval(ratio.ratio, ratio) if ratio else "–",
         )
-    return _titled(f"quality on {scored:,} held-out tokens", table)
+        verdict = "baseline" if stage.name == report.baseline else "–"
+        if paired:
+            verdict = _styled(paired.verdict) + (f": {escape(paired.reason)}" if paired.reason else "")
+        table.add_row(
+            _name(stage.name, width),
+            *(() if random else perplexity),
+            number(paired.kl_divergence, ".2g") if paired else "–",
+            percent(paired.top1_agreement) if paired else "–",
+            verdict,
+        )
+    if random:
+        title = f"agreement with {report.baseline} on {scored:,} tokens (random weights: perplexity means nothing)"
+    else:
+        title = f"quality on {scored:,} held-out tokens"
+    return _titled(title, table)
 
 
-def _resources(report: Report) -> RenderableType | None:
+def _roofline(report: Report, width: int) -> RenderableType | None:
+    found = roofline_table(report)
+    return None if found is None else _figures(found, width)
+
+
+def _ablation(report: Report, width: int) -> RenderableType | None:
+    found = ablation_table(report)
+    return None if found is None else _figures(found, width)
+
+
+def _figures(found: Figures, width: int) -> RenderableType:
+    """A table of words under its title and above its note."""
+    table = _table()
+    for name in found.header:
+        right = name.startswith(">")
+        table.add_column(name.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    for first, *cells in found.rows:
+        table.add_row(_name(first, width), *map(escape, cells))
+    return Group(_titled(found.title[:1].lower() + found.title[1:], table), Text(found.note, style="dim"))
+
+
+def _resources(report: Report, width: int) -> RenderableType | None:
     if all(stage.artifact is None for stage in report.stages):
         return None
+    device = any(s.device_peak_memory_bytes is not None for s in report.stages)
     table = _table("stage")
-    for column in ("size", "load cold", "warm", "memory", "made in", "with memory", "adds to store"):
+    columns = ["size", "load cold", "warm", "memory", "made in", "with memory", "adds to store"]
+    for column in [*columns[:4], *(["on device"] if device else []), *columns[4:]]:
         table.add_column(column, justify="right", overflow="fold")
     for stage in report.stages:
         if stage.artifact is None:
             continue
         load = stage.load
         table.add_row(
-            stage.name,
+            _name(stage.name, width),
             megabytes(stage.artifact.size_bytes),
             seconds(load.cold_s if load else None),
             seconds(load.warm_s if load else None),
             megabytes(stage.inference_peak_memory_bytes),
+            *([megabytes(stage.device_peak_memory_bytes)] if device else []),
             seconds(stage.cost.wall_s),
             megabytes(stage.cost.peak_memory_bytes),
             megabytes(stage.artifact.unique_bytes),
@@ -148,25 +264,26 @@ def _resources(report: Report) -> RenderableType | None:
     return _titled("what each model takes to run, and what it took to make", table)
 
 
-def _changes(report: Report) -> RenderableType:
+def _changes(report: Report, width: int) -> RenderableType:
     table = _table("stage", "pass", "status", "what it changed")
     for stage in report.stages:
-        table.add_row(stage.name, stage.pass_, _styled(stage.status), effect_in_words(stage))
+        row = (_name(stage.name, width), _name(stage.pass_, width), _styled(stage.status))
+        table.add_row(*row, escape(effect_in_words(stage)))
     return _titled("stages", table)
 
 
-def _in_words(report: Report) -> RenderableType:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold", ratio=1)
+def _in_words(report: Report, width: int) -> RenderableType:
+    told: list[RenderableType] = [Text("in words", style="bold")]
     for stage in report.stages:
         style = STYLES["broken"] if is_broken(stage) else STYLES.get(stage.status, "default")
-        log = f" (log: {escape(stage.log)})" if stage.log and stage.status in {"failed", "unmeasured"} else ""
-        table.add_row(f"[{style}]{escape(stage.name)}[/]", escape(sentence(stage, report)) + log)
-    return Group(Text("in words", style="bold"), table)
+        log = f" (log: {stage.log})" if stage.log and stage.status in {"failed", "unmeasured"} else ""
+        words = Text(sentence(stage, report) + log)
+        words.highlight_words([stage.name], style if style != "default" else "bold")
+        told.append(Padding(words, (0, 0, 0, 2)))
+    return Group(*told)
 
 
-def _predictions(report: Report) -> RenderableType | None:
+def _predictions(report: Report, width: int) -> RenderableType | None:
     if all(stage.predicted_memory is None for stage in report.stages):
         return None
     table = _table("stage")
@@ -179,7 +296,7 @@ def _predictions(report: Report) -> RenderableType | None:
             continue
         fits = {True: "fits", False: "does not fit", None: "–"}[predicted.fits]
         table.add_row(
-            stage.name,
+            _name(stage.name, width),
             megabytes(predicted.inference_bytes),
             megabytes(stage.inference_peak_memory_bytes),
             megabytes(predicted.conversion_bytes),
@@ -189,7 +306,7 @@ def _predictions(report: Report) -> RenderableType | None:
     return _titled("memory, as estimated before anything ran, and as measured", table)
 
 
-def _gates(report: Report) -> RenderableType | None:
+def _gates(report: Report, width: int) -> RenderableType | None:
     if not report.gates:
         return None
     table = _table("gate", "result")
@@ -199,14 +316,6 @@ def _gates(report: Report) -> RenderableType | None:
     reasons = [f"{escape(g.gate)}: {escape(g.reason)}" for g in report.gates if g.reason]
     shown = _titled("gates", table)
     return Group(shown, Text.from_markup("\n".join(reasons))) if reasons else shown
-
-
-def _points(report: Report) -> list[tuple[str, int, int]]:
-    found: dict[tuple[str, int, int], None] = {}
-    for stage in report.stages:
-        for point in stage.speed or ():
-            found[point.kind, point.batch, point.prompt] = None
-    return list(found)
 
 
 def _table(*columns: str) -> Table:
@@ -221,22 +330,15 @@ def _titled(title: str, table: Table) -> RenderableType:
     return Group(Text(title, style="bold"), table)
 
 
-def _rate(figure: Interval) -> tuple[str, str]:
-    return rate(figure.median), rate_interval(figure.median, figure)
-
-
-def _ratio(ratio: Ratio | None, stage: StageReport, report: Report) -> tuple[str, str, str]:
-    if ratio is None:
-        return "–", "–", "baseline" if stage.name == report.baseline else "–"
-    return f"{ratio.ratio:.2f}", f"{ratio.low:.2f}–{ratio.high:.2f}", _styled(ratio.verdict)
-
-
-def _plain_ratio(ratio: PlainRatio | None) -> tuple[str, str]:
-    if ratio is None:
-        return "–", "–"
-    if ratio.ratio is None or ratio.low is None or ratio.high is None:
-        return "not finite", "–"
-    return f"{ratio.ratio:.4f}", f"{ratio.low:.4f}–{ratio.high:.4f}"
+def _name(name: str, width: int, share: int = 4) -> str:
+    """A name in lines of at most the width over `share`, broken behind underscores where it has any."""
+    room = max(12, width // share)
+    lines = [""]
+    for part in name.replace("_", "_\0").split("\0"):
+        if len(lines[-1]) + len(part) > room and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(map(escape, lines))
 
 
 def _styled(word: str) -> str:

@@ -3,117 +3,69 @@ carry, and no number stands in them that is not in the report."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
+from pipeline.report.effects import change, contradiction, slow_nodes_in_words
 from pipeline.report.figures import (
     finer_interval,
     finer_times,
-    floor_share,
     megabytes,
     number,
     percent,
-    rate,
-    rate_interval,
     seconds,
     times,
     times_interval,
 )
-from pipeline.report.schema import QualityRatio, Ratio, Report, Speed, StageReport
+from pipeline.report.points import KINDS, apart, speed_at
+from pipeline.report.schema import BreakEven, Divergence, QualityRatio, Ratio, Report, Speed, StageReport
+from pipeline.report.speed_words import speed_clauses
+from pipeline.report.verdicts import is_contradicted, is_idle, margin_of
 
-KINDS = ("decode", "prefill", "forward")
-"""In the order in which they are told: what a user of a language model waits for comes first."""
+MOST_NAMES = 3
+"""Stages that a headline names; the rest is counted."""
 
 
 def headline(report: Report) -> tuple[str, ...]:
     """What the run came to, the most urgent first, in a few short sentences."""
     fastest = [_fastest(report, kind) for kind in KINDS]
     told = [line for line in fastest if line]
-    return tuple(filter(None, [_broken_line(report), *(told or [_unmeasured_line(report)]), _smallest(report),
-                               _trouble(report)]))  # fmt: skip
+    return tuple(
+        filter(
+            None,
+            [
+                _broken_line(report),
+                *(told or [_unmeasured_line(report)]),
+                *_contradictions(report),
+                *_flags(report),
+                _smallest(report),
+                _trouble(report),
+            ],
+        )
+    )
 
 
 def sentence(stage: StageReport, report: Report) -> str:
     """What the stage changed, and what that did to speed, quality, size and load, against baseline and parent."""
     if stage.status in {"failed", "skipped"}:
-        word = "Failed" if stage.status == "failed" else "Skipped"
-        return f"{word}: {stage.reason or 'no reason was recorded'}"
-    clauses = [change(stage, report)]
+        word = "failed" if stage.status == "failed" else "was skipped"
+        return f"{stage.name} {word}: {stage.reason or 'no reason was recorded'}"
+    clauses = [f"{stage.name} {change(stage, report)}"]
+    clauses += filter(None, [contradiction_in_words(stage), slow_nodes_in_words(stage)])
     if stage.status == "unmeasured":
         clauses.append(f"not measured: {stage.reason or 'no reason was recorded'}")
     clauses += speed_clauses(stage, report)
+    if stage.roofline and stage.roofline.flag:
+        clauses.append(f"look at it: {stage.roofline.flag}")
     if not is_broken(stage) and (quality := quality_clause(stage, report)):
         clauses.append(quality)
+    if stage.quality and stage.quality.divergence and (fell := divergence_in_words(stage.quality.divergence)):
+        clauses.append(fell)
     clauses += _resource_clauses(stage, report)
+    if stage.break_even is not None and not is_broken(stage):
+        clauses.append(break_even_in_words(stage.break_even))
     shout = _broken_words(stage, report) + " " if is_broken(stage) else ""
     return shout + _ended(clauses)
-
-
-def change(stage: StageReport, report: Report) -> str:
-    """What the stage changed, found by comparing artifacts."""
-    if stage.parent is None:
-        origin = f" ({report.model.source})" if report.model else ""
-        return f"The untouched model{origin}" + (", the baseline" if stage.name == report.baseline else "")
-    effect = stage.effect
-    if effect is None:
-        return "What it changed is not known"
-    before, after = effect.nodes or (None, None)
-    if effect.kind == "none":
-        if after is not None:
-            return f"Changed nothing: 0 of {after:,} nodes"
-        return "Changed nothing" + (f": 0 of {effect.weights_changed[1]:,} tensors" if effect.weights_changed else "")
-    nodes = ""
-    if after is not None:
-        nodes = f"{after:,} nodes" if before in {None, after} else f"{before:,} → {after:,} nodes"
-    aside = f" ({nodes})" if nodes else ""
-    if effect.kind == "conversion":
-        return f"Converted the model to {stage.artifact.format if stage.artifact else 'another format'}{aside}"
-    if effect.kind == "execution":
-        return "Changed how the model is executed, and nothing in it"
-    if effect.weights_quantized is not None:
-        done, of = effect.weights_quantized
-        return f"Quantized {done:,} of {of:,} weights{aside}"
-    if effect.kind == "weights":
-        changed = effect.weights_changed
-        return (f"Changed {changed[0]:,} of {changed[1]:,} tensors" if changed else "Changed weights") + aside
-    rules = [f"{rule} {done:,} of {of:,}" for rule, (done, of) in effect.rules.items()]
-    return "Changed the graph" + aside + (": " + ", ".join(rules) if rules else "")
-
-
-def effect_in_words(stage: StageReport) -> str:
-    """What the stage changed, short enough for a table."""
-    effect = stage.effect
-    if effect is None:
-        return "–"
-    if effect.kind == "none":
-        return "changed nothing"
-    words: list[str] = [effect.kind]
-    if effect.weights_quantized is not None:
-        done, of = effect.weights_quantized
-        words.append(f"{done} of {of} weights quantized")
-    before, after = effect.nodes or (None, None)
-    if after is not None:
-        words.append(f"{after} nodes" if before in {None, after} else f"{before} → {after} nodes")
-    return ", ".join(words)
-
-
-def speed_clauses(stage: StageReport, report: Report) -> list[str]:
-    """One clause for each kind of work that was timed."""
-    if stage.speed is None:
-        return [] if stage.status == "unmeasured" else ["its speed was not measured in this run"]
-    found = []
-    for kind in KINDS:
-        points = [p for p in stage.speed if p.kind == kind]
-        if not points:
-            continue
-        if stage.name == report.baseline:
-            found.append(_rates(kind, points))
-        elif stage.effect is not None and stage.effect.kind == "none":
-            found.append(_idle(kind, points, stage, report))
-        else:
-            found.append(_against(kind, points, stage, report))
-    return found
 
 
 def quality_clause(stage: StageReport, report: Report) -> str:
@@ -127,17 +79,47 @@ def quality_clause(stage: StageReport, report: Report) -> str:
         return f"perplexity {number(quality.perplexity, '.3f')}"
     if paired.verdict == "identical":
         return f"its predictions are identical to {report.baseline}'s"
+    why = f" ({paired.reason})" if paired.reason and paired.verdict != "equivalent" else ""
     if random:
-        return f"{_agreement(paired, report)}, {paired.verdict}; perplexity means nothing, for the weights are random"
+        return f"{_agreement(paired, report)}, {paired.verdict}{why}"
     ratio = paired.perplexity_ratio
     interval = f" ({finer_interval(ratio.ratio, ratio)})" if ratio.ratio is not None else ""
-    return f"perplexity {finer_times(ratio.ratio)} {report.baseline}'s{interval}, {paired.verdict}"
+    return f"perplexity {finer_times(ratio.ratio)} {report.baseline}'s{interval}, {paired.verdict}{why}"
 
 
-def noise_floor(point: Speed, report: Report) -> float | None:
-    """The noise floor at a workload point, as a share."""
-    floor = report.floor_at(point)
-    return None if floor is None else floor_share(floor.ratio_low, floor.ratio_high)
+def divergence_in_words(divergence: Divergence) -> str:
+    """Where the layers leave the reference's; empty where none does."""
+    errors = {layer.layer: layer.relative_error for layer in divergence.layers}
+
+    def told(layer: str) -> str:
+        if layer not in errors:
+            return layer
+        error = errors[layer]
+        return f"{layer} ({'not finite' if error is None else f'relative error {error:.2g}'})"
+
+    if divergence.first is None:
+        return ""
+    start = f"its values leave {divergence.reference}'s first at {told(divergence.first)}"
+    if divergence.most in {None, divergence.first}:
+        return start + (", which adds most, too" if divergence.most else "")
+    return f"{start}, and {told(str(divergence.most))} adds most"
+
+
+def break_even_in_words(found: BreakEven) -> str:
+    """After how many tokens the time that making the model took is earned back."""
+    tokens = "decoded tokens" if found.kind == "decode" else "tokens"
+    cost = seconds(found.cost_s)
+    if found.tokens is None:
+        return f"the {cost} of making it are never earned back"
+    ends = [f"{end:,}" if end is not None else "never" for end in (found.low, found.high)]
+    interval = f"{ends[0]}–{ends[1]}" if "never" not in ends else f"{ends[0]} to {ends[1]}"
+    aside = f" ({interval})" if found.low is not None or found.high is not None else ""
+    return f"the {cost} of making it are earned back after {found.tokens:,} {tokens}{aside}"
+
+
+def contradiction_in_words(stage: StageReport) -> str:
+    said = contradiction(stage)
+    return f"a contradiction: {said}" if said else ""
 
 
 def is_broken(stage: StageReport) -> bool:
@@ -148,105 +130,19 @@ def has_random_weights(report: Report) -> bool:
     return report.model is not None and report.model.random_weights
 
 
-def point_in_words(point: Speed) -> str:
-    """The work that was timed."""
-    if point.kind == "decode":
-        return f"decode of {point.new_tokens} tokens after {point.prompt}, batch {point.batch}"
-    what = "prefill" if point.kind == "prefill" else "forward pass"
-    return f"{what} of {point.prompt} tokens, batch {point.batch}"
+def short_flag(stage: StageReport) -> str:
+    """What stands beside a flagged stage's verdict: `kernel not engaged`; empty where it is not flagged."""
+    flag = stage.roofline.flag if stage.roofline else None
+    if not flag:
+        return ""
+    first = flag.partition(":")[0]
+    return first if len(first) <= 40 else "far below its siblings"
 
 
-def _rates(kind: str, points: Sequence[Speed]) -> str:
-    first = points[0].tokens_per_s
-    if len(points) == 1:
-        return f"{kind} {rate(first.median)} tokens/s ({rate_interval(first.median, first)})"
-    medians = [p.tokens_per_s.median for p in points]
-    return f"{kind} {rate(min(medians))} to {rate(max(medians))} tokens/s at {len(points)} workload points"
-
-
-class Span(NamedTuple):
-    """From the lowest end of several intervals to the highest."""
-
-    low: float
-    high: float
-
-
-def _against(kind: str, points: Sequence[Speed], stage: StageReport, report: Report) -> str:
-    """Against the baseline, and the parent where that is another stage."""
-    words = _compared(kind, [p.vs_baseline for p in points], report.baseline)
-    if stage.parent not in {None, report.baseline}:
-        further = [p.vs_parent for p in points]
-        if any(further):
-            words += ", and " + _compared("", further, str(stage.parent))
-    return words
-
-
-def _compared(kind: str, ratios: Sequence[Ratio | None], other: str) -> str:
-    known = [r for r in ratios if r is not None]
-    subject = f"{kind} " if kind else ""
-    if not known:
-        return f"{subject}was not compared with {other}"
-    if len(known) == 1:
-        ratio = known[0]
-        figures = f"{times(ratio.ratio)} ({times_interval(ratio.ratio, ratio)})"
-        return f"{subject}{'is ' if kind else ''}{_verdict_in_words(ratio.verdict, other)}, {figures}"
-    low, high = min(known, key=lambda r: r.ratio), max(known, key=lambda r: r.ratio)
-    verdicts = [r.verdict for r in known]
-    if len(set(verdicts)) == 1:
-        all_of_them = "both" if len(known) == 2 else f"all {len(known)}"
-        said = f"{'is ' if kind else ''}{_verdict_in_words(verdicts[0], other)} at {all_of_them} workload points"
-    else:
-        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-        said = f"against {other} at {len(known)} workload points: {counts}"
-    ends = Span(min(r.low for r in known), max(r.high for r in known))
-    return f"{subject}{said}, {times(low.ratio)} to {times(high.ratio)} (within {times_interval(low.ratio, ends)})"
-
-
-def _verdict_in_words(verdict: str, other: str) -> str:
-    if verdict == "equivalent":
-        return f"as fast as {other}"
-    return f"inconclusive against {other}" if verdict == "inconclusive" else f"{verdict} than {other}"
-
-
-def _idle(kind: str, points: Sequence[Speed], stage: StageReport, report: Report) -> str:
-    """What was timed of a stage that changed nothing: noise, or something that the model does not explain."""
-    pairs = []
-    for point in points:
-        ratio = point.vs_parent or (point.vs_baseline if stage.parent == report.baseline else None)
-        if ratio is not None:
-            pairs.append((ratio, noise_floor(point, report), point))
-    if not pairs:
-        return f"{kind} was not compared with {stage.parent}"
-    floors = [
-        floor for ratio, floor, _ in pairs if floor is not None and abs(math.log(ratio.ratio)) <= math.log1p(floor)
-    ]
-    if len(floors) == len(pairs):
-        shifts = sorted(ratio.ratio for ratio, _, _ in pairs)
-        if len(pairs) == 1:
-            lies = f"lies inside the noise floor of {percent(floors[0])}"
-            return f"{kind}'s {_shift(shifts[0])} against {stage.parent} {lies}"
-        lies = f"lies inside their noise floors of {percent(min(floors))} to {percent(max(floors))}"
-        shift = f"{_shift(shifts[0])} to {_shift(shifts[-1])}"
-        return f"{kind}'s {shift} against {stage.parent} at {len(pairs)} workload points {lies}"
-    said = []
-    for ratio, floor, point in pairs:
-        at = f" (batch {point.batch}, prompt {point.prompt})" if len(pairs) > 1 else ""
-        shift = f"{kind}'s {_shift(ratio.ratio)} against {stage.parent}{at}"
-        if floor is None:
-            said.append(f"{shift} means nothing, for the noise floor is not known")
-        elif ratio.verdict in {"faster", "slower"}:
-            said.append(
-                f"{shift} ({times_interval(ratio.ratio, ratio)}) lies beyond the noise floor of {percent(floor)}, "
-                "and nothing in the model explains it"
-            )
-        else:
-            said.append(f"{shift} ({times_interval(ratio.ratio, ratio)}) is {ratio.verdict}")
-    return "; ".join(said)
-
-
-def _shift(ratio: float) -> str:
-    """A ratio as a change in percent, with its sign."""
-    return f"{ratio - 1:+.1%}".replace("%", " %").replace("-", "−")
+def front_kind(report: Report) -> str:
+    """The work whose speed the Pareto front takes: the first of KINDS that was timed."""
+    timed = {p.kind for s in report.stages for p in s.speed or ()}
+    return next((kind for kind in KINDS if kind in timed), KINDS[0])
 
 
 def _agreement(paired: QualityRatio, report: Report) -> str:
@@ -260,11 +156,13 @@ def _broken_words(stage: StageReport, report: Report) -> str:
     ratio = paired.perplexity_ratio.ratio if paired else None
     if paired is None or (ratio is None and paired.top1_agreement is None):
         why = "they are not finite"
+    elif paired.reason:
+        why = paired.reason
     elif has_random_weights(report) or ratio is None:
         why = _agreement(paired, report)
     else:
         why = f"perplexity {finer_times(ratio)} {report.baseline}'s"
-    return f"BROKEN: its predictions are garbage, {why}, however fast it is."
+    return f"BROKEN: its predictions are garbage ({why}), however fast it is."
 
 
 def _resource_clauses(stage: StageReport, report: Report) -> list[str]:
@@ -279,6 +177,9 @@ def _resource_clauses(stage: StageReport, report: Report) -> list[str]:
     if stage.inference_peak_memory_bytes is not None:
         used = base.inference_peak_memory_bytes if base else None
         clauses.append(_instead("runs in", stage.inference_peak_memory_bytes, used, megabytes))
+    if stage.device_peak_memory_bytes is not None:
+        used = base.device_peak_memory_bytes if base else None
+        clauses.append(_instead("takes on the device", stage.device_peak_memory_bytes, used, megabytes))
     return clauses
 
 
@@ -299,22 +200,38 @@ def _instead(verb: str, mine: Figure, theirs: Figure | None, written: Callable[[
     return f"{verb} {now}" if before in {None, now} else f"{verb} {now} instead of {before}"
 
 
+def _entered(report: Report, kind: str) -> list[tuple[Ratio, Speed, StageReport]]:
+    """Who takes part at the first workload point of a kind.
+
+    Not what is broken or was made for the ablation alone; for what changed nothing its parent stands, whose speed is
+    its own.
+    """
+    point = next((p for s in report.stages for p in s.speed or () if p.kind == kind), None)
+    found = []
+    extra = report.ablation.extra_stages if report.ablation else ()
+    for stage in report.stages if point else ():
+        own = speed_at(stage, point) if point else None
+        if own is None or own.vs_baseline is None or is_broken(stage) or stage.name in extra:
+            continue
+        parent = _find(report, str(stage.parent))
+        if is_idle(stage) and parent is not None and speed_at(parent, own) is not None:
+            continue
+        found.append((own.vs_baseline, own, stage))
+    return found
+
+
 def _fastest(report: Report, kind: str) -> str:
     """Who won at the first workload point of a kind, and who cannot be told from the winner; empty: not timed."""
-    entered = []
-    for stage in report.stages:
-        point = next((p for p in stage.speed or () if p.kind == kind), None)
-        if point is not None and point.vs_baseline is not None and not is_broken(stage):
-            entered.append((point.vs_baseline, point, stage))
+    entered = _entered(report, kind)
     if not entered:
         return ""
-    several = len({(p.batch, p.prompt) for s in report.stages for p in s.speed or () if p.kind == kind}) > 1
-    at = f" (batch {entered[0][1].batch}, prompt {entered[0][1].prompt})" if several else ""
+    where = apart(entered[0][1], report)
+    at = f" ({where})" if where else ""
     winners = sorted((e for e in entered if e[0].verdict == "faster"), key=lambda e: -e[0].ratio)
     if not winners:
         words = {"equivalent": "as fast as", "slower": "slower than", "inconclusive": "inconclusive against"}
         verdicts = {ratio.verdict for ratio, _, _ in entered}
-        if len(entered) == 1 or len(verdicts) == 1:
+        if len(verdicts) == 1:
             names = _listed([s.name for _, _, s in entered])
             be = "is" if len(entered) == 1 else "are"
             return f"No faster {kind}{at}: {names} {be} {words[entered[0][0].verdict]} {report.baseline}."
@@ -324,9 +241,9 @@ def _fastest(report: Report, kind: str) -> str:
     others = sorted((e for e in entered if e[2].name != best.name), key=lambda e: -e[0].ratio)
     tied = [s.name for r, _, s in others if r.high >= ratio.low and not _decided(point, best, s)]
     line = f"Fastest {kind}{at}: {best.name}, {times(ratio.ratio)} {report.baseline} "
-    line += f"({times_interval(ratio.ratio, ratio)})"
-    if (cost := _price(best, report)) and kind == "decode":
-        line += f", {cost}"
+    line += f"({times_interval(ratio.ratio, ratio, margin_of(report))})"
+    if kind == front_kind(report):
+        line += f", {_price(best, report)}"
     if tied:
         line += f"; {_listed(tied)} cannot be told from it, for the intervals overlap"
     return line + "."
@@ -349,11 +266,34 @@ def _price(stage: StageReport, report: Report) -> str:
     return f"at {finer_times(paired.perplexity_ratio.ratio)} its perplexity: {paired.verdict}"
 
 
+def _contradictions(report: Report) -> list[str]:
+    """Stages that changed nothing and were timed otherwise, or told that they did something."""
+    timed = [s for s in report.stages if any(is_contradicted(s, p, report) for p in s.speed or ())]
+    told = [s for s in report.stages if contradiction(s)]
+    lines = []
+    if timed:
+        than = f"was timed faster or slower than {timed[0].parent}" if len(timed) == 1 else "were not timed so"
+        names = _listed([s.name for s in timed])
+        lines.append(f"Contradiction: {names} changed nothing, and yet {than}; nothing in the model explains it.")
+    lines += [f"Contradiction: {s.name}: {contradiction(s)}." for s in told[:MOST_NAMES]]
+    if len(told) > MOST_NAMES:
+        lines.append(f"{len(told) - MOST_NAMES} more stages tell of other changes than were found.")
+    return lines
+
+
+def _flags(report: Report) -> list[str]:
+    flagged = [s for s in report.stages if s.roofline and s.roofline.flag]
+    if len(flagged) > MOST_NAMES:
+        return [f"Look at {_listed([s.name for s in flagged])}: far from what the host can do."]
+    return [f"Look at {s.name}: {s.roofline.flag}." for s in flagged if s.roofline]
+
+
 def _smallest(report: Report) -> str:
     base = _find(report, report.baseline)
     if base is None or base.artifact is None:
         return ""
-    whole = [s for s in report.stages if s.artifact is not None and not is_broken(s)]
+    extra = report.ablation.extra_stages if report.ablation else ()
+    whole = [s for s in report.stages if s.artifact is not None and not is_broken(s) and s.name not in extra]
     best = min(whole, key=lambda s: s.artifact.size_bytes if s.artifact else 0, default=base)
     if best.artifact is None or best.artifact.size_bytes >= base.artifact.size_bytes:
         return f"No model is smaller than {report.baseline}." if len(whole) > 1 else ""
@@ -366,7 +306,7 @@ def _broken_line(report: Report) -> str:
     if not broken:
         return ""
     theirs, they = ("its", "it is") if len(broken) == 1 else ("their", "they are")
-    return f"BROKEN: {_listed(broken)}; {theirs} predictions are garbage, however fast {they}."
+    return f"BROKEN: {_listed(broken, len(broken))}; {theirs} predictions are garbage, however fast {they}."
 
 
 def _trouble(report: Report) -> str:
@@ -392,11 +332,13 @@ def _find(report: Report, name: str) -> StageReport | None:
     return next((s for s in report.stages if s.name == name), None)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str], most: int = MOST_NAMES) -> str:
+    """`a, b and c`; of more than `most` the first, and how many others there are."""
+    if len(names) > most:
+        return ", ".join(names[:most]) + f" and {len(names) - most} more"
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def _ended(clauses: Sequence[str]) -> str:
     text = "; ".join(clauses).strip()
-    text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else text + "."

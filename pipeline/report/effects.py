@@ -1,0 +1,136 @@
+"""What a stage changed, in words: found by comparing artifacts, and held against what its pass told of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.report.schema import Effect, Report, StageReport
+from pipeline.report.verdicts import is_idle
+
+
+def change(stage: StageReport, report: Report) -> str:
+    """What the stage changed, to be said of its name: `changed nothing: 0 of 155 nodes`."""
+    if stage.parent is None:
+        origin = f" ({report.model.source})" if report.model else ""
+        return f"is the untouched model{origin}" + (", the baseline" if stage.name == report.baseline else "")
+    effect = stage.effect
+    if effect is None:
+        return "changed what is not known"
+    if is_idle(stage):
+        return _nothing(effect)
+    nodes = _nodes(effect)
+    aside = f" ({nodes})" if nodes else ""
+    if effect.kind == "conversion":
+        words = f"converted the model to {stage.artifact.format if stage.artifact else 'another format'}{aside}"
+    elif effect.kind == "execution":
+        words = "changed how the model is executed, and nothing in it"
+    elif effect.weights_quantized is not None:
+        done, of = effect.weights_quantized
+        words = f"quantized {done:,} of {of:,} weights{aside}"
+    elif effect.kind == "weights":
+        changed = effect.weights_changed
+        words = (f"changed {changed[0]:,} of {changed[1]:,} tensors" if changed else "changed weights") + aside
+    else:
+        words = "changed the graph" + aside
+    rules = [f"{rule} {done:,} of {of:,}" for rule, (done, of) in effect.rules.items()]
+    return (
+        words + (f", {inserted}" if (inserted := _casts(effect)) else "") + (": " + ", ".join(rules) if rules else "")
+    )
+
+
+def effect_in_words(stage: StageReport) -> str:
+    """What the stage changed, short enough for a table."""
+    effect = stage.effect
+    if effect is None:
+        return "–"
+    if is_idle(stage):
+        return _nothing(effect)
+    words: list[str] = [effect.kind]
+    if effect.weights_quantized is not None:
+        done, of = effect.weights_quantized
+        words.append(f"{done:,} of {of:,} weights quantized")
+    if nodes := _nodes(effect):
+        words.append(nodes)
+    if inserted := _casts(effect):
+        words.append(inserted)
+    return ", ".join(words)
+
+
+def contradiction(stage: StageReport) -> str:
+    """What the pass told of itself and the comparison did not find; empty where the two agree."""
+    if stage.effect is None:
+        return ""
+    if stage.effect.contradiction:
+        return stage.effect.contradiction
+    told = {rule: done for rule, (done, _) in stage.effect.rules.items() if done}
+    if not told or not is_idle(stage):
+        return ""
+    return f"its pass tells of {', '.join(f'{done:,} by {rule}' for rule, done in told.items())}, and nothing changed"
+
+
+def slow_nodes_in_words(stage: StageReport) -> str:
+    """Nodes without a fast kernel, with their reasons; empty where there is none."""
+    slow = stage.effect.slow_nodes if stage.effect else ()
+    return "; ".join(f"{s.count:,} {s.operator} without a fast kernel ({s.reason})" for s in slow)
+
+
+def effect_facts(stage: StageReport) -> list[tuple[str, str]]:
+    """Terms and their words, all that is known of what the stage changed, without its operators and modules."""
+    effect = stage.effect
+    if effect is None:
+        return []
+    facts: list[tuple[str, str]] = []
+    if nodes := _nodes(effect).removesuffix(" nodes"):
+        facts.append(("nodes", nodes))
+    if effect.weights_quantized is not None:
+        facts.append(("weights quantized", "{:,} of {:,}".format(*effect.weights_quantized)))
+    if effect.weights_changed is not None:
+        facts.append(("tensors changed", "{:,} of {:,}".format(*effect.weights_changed)))
+    facts += [(f"rule {rule}", f"{done:,} of {of:,}") for rule, (done, of) in effect.rules.items()]
+    if contrary := contradiction(stage):
+        facts.append(("contradiction", contrary))
+    if effect.casts is not None and any(effect.casts):
+        facts.append(("Casts", _before_after(effect.casts)))
+    if effect.parameters is not None:
+        facts.append(("parameters", _before_after(effect.parameters)))
+    facts += [(f"weights in {name}", _before_after(pair)) for name, pair in effect.data_types.items()]
+    facts += [(f"slow: {s.count:,} {s.operator}", s.reason) for s in effect.slow_nodes]
+    return facts
+
+
+def changed_counts(stage: StageReport) -> list[tuple[str, Mapping[str, tuple[int, int]]]]:
+    """(what is counted, the counts before and after of those whose number changed)."""
+    if stage.effect is None:
+        return []
+    found = (("Operators", stage.effect.operators), ("Modules", stage.effect.modules))
+    return [(title, counts) for title, counts in found if counts]
+
+
+def most_changed(counts: Mapping[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
+    """Operators or modules whose number changed, those that changed most first."""
+    return sorted(counts.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0]))
+
+
+def _nothing(effect: Effect) -> str:
+    after = effect.nodes[1] if effect.nodes else None
+    if after is not None:
+        return f"changed nothing: 0 of {after:,} nodes"
+    return "changed nothing" + (f": 0 of {effect.weights_changed[1]:,} tensors" if effect.weights_changed else "")
+
+
+def _nodes(effect: Effect) -> str:
+    before, after = effect.nodes or (None, None)
+    if after is None:
+        return ""
+    return f"{after:,} nodes" if before in {None, after} else f"{before:,} → {after:,} nodes"
+
+
+def _casts(effect: Effect) -> str:
+    """Only what was inserted is told: a Cast more is what slows a graph down unnoticed."""
+    before, after = effect.casts or (0, 0)
+    return f"{after - before:,} Cast{'' if after - before == 1 else 's'} inserted" if after > before else ""
+
+
+def _before_after(pair: tuple[int, int]) -> str:
+    before, after = pair
+    return f"{after:,}" if before == after else f"{before:,} → {after:,}"

@@ -1,0 +1,105 @@
+"""What a verdict on speed is worth: its reason, the noise floor below it, and what speaks against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pipeline.report.figures import MARGIN, floor_share, percent
+from pipeline.report.schema import PairedSpeed, Ratio, Report, Schedule, Speed, StageReport
+
+ENDINGS = {
+    "decided": "because all was decided",
+    "looks": "with the last look",
+    "budget": "because the budget was used up",
+}
+
+RATIO_NOTE = (
+    "A ratio is the median of the ratios within each round, in which both ran one after the other; the medians of "
+    "tokens/s are taken over all rounds, fast and slow minutes of the machine alike, so their quotient differs from it."
+)
+"""Why 2.02 × is not the one column divided by the other."""
+
+
+def margin_of(report: Report) -> float:
+    """The share within which two speeds are equivalent."""
+    return report.schedule.margin if report.schedule else MARGIN
+
+
+def noise_floor(point: Speed | PairedSpeed, report: Report) -> float | None:
+    """The noise floor at a workload point, as a share."""
+    floor = report.floor_at(point)
+    return None if floor is None else floor_share(floor.ratio_low, floor.ratio_high)
+
+
+def is_idle(stage: StageReport) -> bool:
+    """Whether the stage changed nothing: neither graph nor weights nor how it is executed."""
+    return stage.effect is not None and stage.effect.kind == "none"
+
+
+def over_parent(stage: StageReport, point: Speed, report: Report) -> Ratio | None:
+    """The stage's speed over that of the stage that it was made from."""
+    return point.vs_parent or (point.vs_baseline if stage.parent == report.baseline else None)
+
+
+def is_contradicted(stage: StageReport, point: Speed, report: Report) -> bool:
+    """Whether the stage was found faster or slower than its parent although it changed nothing."""
+    ratio = over_parent(stage, point, report)
+    return is_idle(stage) and ratio is not None and ratio.verdict in {"faster", "slower"}
+
+
+def why_undecided(ratio: Ratio, floor: float | None) -> str:
+    """What keeps an inconclusive ratio from a verdict; empty where nothing more is known than its interval."""
+    if ratio.verdict != "inconclusive":
+        return ""
+    told = []
+    if floor is None:
+        told.append("the noise floor is not known")
+    elif lies_inside(floor, ratio.low, ratio.high):
+        told.append(f"inside the noise floor of {percent(floor)}")
+    elif ratio.inside_floor:
+        told.append(f"reaches into the noise floor of {percent(floor)}")
+    if ratio.rounds_to_decide is not None:
+        told.append(f"about {ratio.rounds_to_decide:,} rounds would decide")
+    return ", ".join(told)
+
+
+def lies_inside(floor: float, *ratios: float) -> bool:
+    """Whether all of the ratios are nearer to 1 than the noise floor."""
+    return all(r > 0 and abs(math.log(r)) <= math.log1p(floor) for r in ratios)
+
+
+def outliers_in_words(point: Speed) -> str:
+    """`2 of 30 blocks far off`; empty where there is none. They count in every figure."""
+    return f"{point.outliers} of {point.rounds} blocks far off" if point.outliers else ""
+
+
+def counts_in_words(points: Sequence[Speed]) -> str:
+    """Rounds and launches of the stages at one workload point: `30 rounds in 6 launches`."""
+    rounds, launches = max(p.rounds for p in points), max(p.launches for p in points)
+    return f"{_counted(rounds, 'round')} in {_counted(launches, 'launch', 'launches')}"
+
+
+def schedule_in_words(schedule: Schedule) -> str:
+    """How many rounds ran, after which of the declared ones it was looked, and why they ended."""
+    looks, taken = schedule.looks, schedule.looks[: schedule.looks_taken]
+    ran = f"{_counted(schedule.rounds, 'round')} in {_counted(schedule.launches, 'launch', 'launches')}"
+    declared = f"{_listed([f'{n:,}' for n in looks], ', ')} rounds" if looks else ""
+    if not taken:
+        looked = "never looked whether all is decided" + (f" (declared: after {declared})" if declared else "")
+    elif len(taken) == len(looks):
+        looked = f"looked after {_listed([f'{n:,}' for n in taken])} rounds, as declared"
+    else:
+        looked = f"looked after {_listed([f'{n:,}' for n in taken])} of {declared}"
+    ended = ENDINGS[schedule.ended]
+    if schedule.ended == "budget":
+        ended = f"because the budget of {schedule.budget_s:,.4g} s was used up"
+    return f"{ran}; {looked}; ended {ended}"
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _listed(words: Sequence[str], last: str = " and ") -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + last + words[-1]
