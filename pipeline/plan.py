@@ -81,10 +81,14 @@ class Plan(Frozen):
         """Raises: KeyError where there is no such stage."""
         return next(s for s in self.stages if s.name == name)
 
+    @property
+    def problems(self) -> list[str]:
+        """Why it cannot run on this host: of all stages together, and of each that cannot."""
+        return [*self.obstacles, *(f"{s.name}: {s.reason}" for s in self.stages if s.status == "cannot run")]
+
     def require_runnable(self) -> None:
         """Raises: HostError where some stage cannot run here."""
-        blocked = [f"{s.name}: {s.reason}" for s in self.stages if s.status == "cannot run"]
-        if problems := [*self.obstacles, *blocked]:
+        if problems := self.problems:
             raise HostError("the plan cannot run on this host:\n  " + "\n  ".join(problems))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import RecipeError
@@ -10,7 +11,7 @@ from pipeline.hardware.probe import probe_folder
 from pipeline.models import Source, evaluation_text, find_source
 from pipeline.plan import Plan, make_plan, select_stages
 from pipeline.plugin import Registry
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Stage
 from pipeline.store import Store, default_store_path
 
 
@@ -56,9 +57,17 @@ def source_of(recipe: Recipe, *, download: bool) -> Source:
 
 
 def resolve(
-    recipe: Recipe, source: Source, store: Store, host: Host, *, until: str | None, only: str | None, force: bool
+    recipe: Recipe,
+    source: Source,
+    store: Store,
+    host: Host,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    stages: Sequence[Stage] | None = None,
+    force: bool,
 ) -> Plan:
-    """The plan of what was found.
+    """The plan of what was found: of `stages`, or of those that `until` and `only` select.
 
     Raises: RecipeError where the profile, a pass or a parameter is not right.
     """
@@ -69,7 +78,7 @@ def resolve(
         registry=Registry(),
         profile=_profile(recipe, host, store),
         host=host,
-        stages=select_stages(recipe, until=until, only=only),
+        stages=select_stages(recipe, until=until, only=only) if stages is None else stages,
         force=force,
     )
 

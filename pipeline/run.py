@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline.ablation import AblationPlan, end_of_chain, plan_ablation, with_contributions
 from pipeline.artifact import Artifact
-from pipeline.errors import HostError
+from pipeline.errors import HostError, RecipeError
 from pipeline.evaluate import Evaluation, Measured
 from pipeline.events import Events
 from pipeline.execute import StageResult, execute
 from pipeline.hardware import describe_host
 from pipeline.plan import Plan
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Stage
 from pipeline.recipe.parsing import to_yaml
 from pipeline.report.build import build_report
-from pipeline.report.folder import LATEST, write_report
+from pipeline.report.folder import write_report
 from pipeline.report.schema import Report
 from pipeline.resolve import evaluation_text_of, resolve, source_of
+from pipeline.run_folder import RunFolder
 from pipeline.store import Store, default_store_path
 from pipeline.store.folder import materialize
 from pipeline.store.roots import register_run
@@ -46,6 +45,7 @@ def run(
     store: Store | None = None,
     until: str | None = None,
     only: str | None = None,
+    ablate: str | None = None,
     measure: bool = True,
     force: bool = False,
     runs: Path = Path("runs"),
@@ -53,7 +53,8 @@ def run(
 ) -> RunResult:
     """Run a recipe and write its report to `runs/NAME/ID`, of which `runs/NAME/latest` is the newest.
 
-    Stages that fail are in the report; the exit code says so.
+    Stages that fail are in the report; the exit code says so. With `ablate`, a stage, the chain that ends there is
+    also made without each of its passes, and nothing else but the baseline is measured beside these.
 
     Raises: RecipeError, HostError before anything runs; KeyboardInterrupt with finished stages kept in the store.
     """
@@ -63,10 +64,21 @@ def run(
     store = store or Store(default_store_path())
     source = source_of(recipe, download=True)
     text = evaluation_text_of(recipe)
-    plan = resolve(recipe, source, store, host, until=until, only=only, force=force)
+    ablation = None
+    if ablate is None:
+        plan = resolve(recipe, source, store, host, until=until, only=only, force=force)
+    elif until is not None or only is not None:
+        raise RecipeError("--ablate goes with neither --until nor --only: it takes the chain that ends in one stage")
+    else:
+
+        def planned(stages: Sequence[Stage]) -> Plan:
+            return resolve(recipe, source, store, host, stages=stages, force=force)
+
+        ablation = plan_ablation(recipe, end_of_chain(recipe, ablate), planned)
+        plan = planned(ablation.stages)
     plan.require_runnable()
     events.plan_made(plan)
-    home = _RunFolder(runs, recipe.name)
+    home = RunFolder(runs, recipe.name)
     with store.lease(home.path), home as folder:
         results = execute(
             plan,
@@ -80,8 +92,10 @@ def run(
         results = {name: _keep_log(result, folder.path) for name, result in results.items()}
         artifacts = _artifacts(results, store)
         chosen = {recipe.evaluate.baseline, only} if only else set(artifacts)
+        if ablation is not None:
+            chosen = ablation.measured(recipe.evaluate.baseline)
         evaluation = Evaluation(
-            recipe=recipe,
+            recipe=ablation.of(recipe) if ablation else recipe,
             plan=plan,
             artifacts=artifacts,
             chosen=chosen,
@@ -101,9 +115,12 @@ def run(
             run_id=folder.id,
             wall_s=time.monotonic() - began,
         )
+        if ablation is not None:
+            report = with_contributions(ablation, report, results, measured.speed)
         export = _choose_export(recipe, plan, report)
         notes, code = report.notes, exit_code(recipe, report)
-        if any(result.host_lacks for result in results.values()):
+        own = [result for name, result in results.items() if name in recipe.stage_names]
+        if any(result.host_lacks for result in own):
             code = HostError.exit_code
         if export is not None:
             try:
@@ -112,18 +129,22 @@ def run(
                 notes, code, export = (*notes, f"no model was exported: {error}"), HostError.exit_code, None
         changes = {"export": export, "notes": notes, "wall_s": time.monotonic() - began}
         report = report.model_copy(update=changes)
-        _write(folder.path, recipe, plan, measured, report)
+        _write(folder.path, recipe, plan, measured, report, ablation=ablation)
         register_run(store, folder.finished, recipe.name, {name: a.digest for name, a in artifacts.items()})
     made = frozenset(name for name, result in results.items() if result.status == "ran")
     return RunResult(report=report, folder=folder.finished, exit_code=code, made=made)
 
 
 def exit_code(recipe: Recipe, report: Report) -> int:
-    """3 where a stage failed or could not be measured, 1 where a gate failed or a stage is broken, else 0."""
-    if any(stage.status in {"failed", "skipped", "unmeasured"} for stage in report.stages):
+    """3 where a stage failed or could not be measured, 1 where a gate failed or a stage is broken, else 0.
+
+    Stages that are not the recipe's, but were made for an ablation, do not count.
+    """
+    own = [stage for stage in report.stages if stage.name in recipe.stage_names]
+    if any(stage.status in {"failed", "skipped", "unmeasured"} for stage in own):
         return 3
     allowed = {stage.name for stage in recipe.stages if stage.allow_broken}
-    broken = [s.name for s in report.stages if _is_broken(report, s.name) and s.name not in allowed]
+    broken = [s.name for s in own if _is_broken(report, s.name) and s.name not in allowed]
     return 1 if broken or any(gate.result == "failed" for gate in report.gates) else 0
 
 
@@ -147,8 +168,9 @@ def _choose_export(recipe: Recipe, plan: Plan, report: Report) -> str | None:
     whole = {s.name for s in report.stages if s.artifact is not None and s.status in {"ran", "cached"}}
     if recipe.export is not None:
         return recipe.export if recipe.export in whole else None
-    parents = {name for s in plan.stages for name in (s.parent, *s.inputs.values())}
-    leaves = [s.name for s in plan.stages if s.name not in parents]
+    own = [stage for stage in plan.stages if stage.name in recipe.stage_names]
+    parents = {name for s in own for name in (s.parent, *s.inputs.values())}
+    leaves = [s.name for s in own if s.name not in parents]
     return next((n for n in reversed(leaves) if n in whole and not _is_broken(report, n)), None)
 
 
@@ -157,9 +179,14 @@ def _is_broken(report: Report, name: str) -> bool:
     return bool(quality and quality.vs_baseline and quality.vs_baseline.verdict == "broken")
 
 
-def _write(folder: Path, recipe: Recipe, plan: Plan, measured: Measured, report: Report) -> None:
+def _write(
+    folder: Path, recipe: Recipe, plan: Plan, measured: Measured, report: Report, *, ablation: AblationPlan | None
+) -> None:
     """Everything that belongs to a run, the report last: a folder with a report is complete."""
-    (folder / "recipe.yaml").write_text(_resolved(recipe, plan), encoding="utf-8")
+    how = ""
+    if ablation is not None:
+        how = f"# This run was made with --ablate {ablation.end}: its report has stages that no entry here makes.\n"
+    (folder / "recipe.yaml").write_text(how + _resolved(recipe, plan), encoding="utf-8")
     facets = {"stages": {"__all__": {"facets"}}}
     (folder / "plan.json").write_text(plan.model_dump_json(indent=1, exclude=facets), encoding="utf-8")
     if measured.speed is not None:
@@ -190,30 +217,3 @@ def _resolved(recipe: Recipe, plan: Plan) -> str:
         settled = planned.get(stage.name, {})  # paths among them are absolute already
         data["passes"][stage.index] |= {key: settled[key] for key in stage.params if key in settled}
     return to_yaml(data)
-
-
-class _RunFolder:
-    """A run's folder in the making; it gets its name, and `latest` points to it, when the run is complete."""
-
-    def __init__(self, runs: Path, name: str) -> None:
-        self.id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-        self._home = runs / name
-        self.path = self._home / f".{self.id}"
-        self.finished = self._home / self.id
-        self._made = [folder for folder in (self._home, runs) if not folder.exists()]
-
-    def __enter__(self) -> _RunFolder:
-        self.path.mkdir(parents=True)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            with suppress(OSError):  # not empty: another run is in it by now
-                for folder in self._made:
-                    folder.rmdir()
-            return
-        self.path.rename(self.finished)
-        link = self._home / f".latest.{self.id}"
-        link.symlink_to(self.id)
-        link.replace(self._home / LATEST)

@@ -20,7 +20,9 @@ FLOORS = [
     ["execute", "resolve", "why"],
     ["events", "evaluate"],
     ["report"],
+    ["run_folder", "ablation"],
     ["run", "reproduce"],
+    ["compare", "cells"],
     ["cli", "__main__"],
 ]
 HEAVY = {"numpy", "torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "scipy", "olive", "pandas"}

@@ -12,10 +12,18 @@ from pipeline.cli.options import CellOption, ForceOption, JsonOption, OnlyOption
 
 def run_verb(
     recipe: RecipeArgument,
+    stage: Annotated[
+        str | None,
+        typer.Argument(metavar="[STAGE]", help="With --ablate: the end of the chain. Default: the exported stage."),
+    ] = None,
     set_: SetOption = None,
     cell: CellOption = None,
     until: UntilOption = None,
     only: OnlyOption = None,
+    ablate: Annotated[
+        bool,
+        typer.Option("--ablate", help="Also make the chain that ends in STAGE without each of its passes in turn."),
+    ] = False,
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Run the passes; print only what was measured before.")
     ] = False,
@@ -25,19 +33,50 @@ def run_verb(
 ) -> int:
     """Run a recipe and report on every stage.
 
-    Makes the stages that are not in the store, measures all, and writes runs/NAME/ID/report.html, .md and .json.
+    Makes the stages that are not in the store, measures all, and writes runs/NAME/ID/report.html, .md and .json. With
+    --cell all also one report over all cells, runs/NAME/cells-ID/cells.html, .md and .json.
     """
-    from pipeline.cli.cells import chosen_recipes, for_each_cell
+    from pipeline.ablation import end_of_chain
+    from pipeline.cells import CELLS_HTML, CELLS_JSON, CELLS_MARKDOWN, outcome_of, write_cells
+    from pipeline.cli.cells import ALL, chosen_recipes, for_each_cell
     from pipeline.cli.live import LiveDisplay
     from pipeline.cli.output import console
+    from pipeline.errors import PipelineError, RecipeError
     from pipeline.recipe import Recipe
+    from pipeline.report.cells_report import CellOutcome
     from pipeline.report.folder import HTML, MARKDOWN, REPORT
     from pipeline.report.terminal import render
-    from pipeline.run import run
+    from pipeline.run import RunResult, run
+
+    if stage is not None and not ablate:
+        raise RecipeError(
+            f"a second argument, {stage!r}, goes with --ablate only", hint=f"--only {stage} runs one stage"
+        )
+    recipes = chosen_recipes(recipe, set_, cell)
+    outcomes: list[CellOutcome] = []
+
+    def run_whole(loaded: Recipe) -> RunResult:
+        with LiveDisplay() as display:
+            return run(
+                loaded,
+                until=until,
+                only=only,
+                ablate=end_of_chain(loaded, stage) if ablate else None,
+                measure=not no_measure,
+                force=force,
+                runs=runs,
+                events=display,
+            )
 
     def run_one(loaded: Recipe) -> tuple[int, Any]:
-        with LiveDisplay() as display:
-            result = run(loaded, until=until, only=only, measure=not no_measure, force=force, runs=runs, events=display)
+        try:
+            result = run_whole(loaded)
+        except PipelineError as error:
+            if loaded.cell is not None:
+                outcomes.append(CellOutcome(cell=loaded.cell, exit_code=error.exit_code, error=str(error)))
+            raise
+        if loaded.cell is not None:
+            outcomes.append(outcome_of(loaded, result))
         if not json:
             render(result.report, console())
             typer.echo(f"report: {result.folder / HTML}  ({MARKDOWN}, {REPORT})")
@@ -45,4 +84,8 @@ def run_verb(
                 typer.echo(f"model:  {result.folder / 'model'}  ({result.report.export})")
         return result.exit_code, result.report.model_dump(mode="json", by_alias=True)
 
-    return for_each_cell(chosen_recipes(recipe, set_, cell), cell, run_one, json=json)
+    code = for_each_cell(recipes, cell, run_one, json=json)
+    if cell == ALL and outcomes:
+        folder = write_cells(recipes[0], outcomes, exit_code=code, runs=runs)
+        typer.echo(f"all cells: {folder / CELLS_HTML}  ({CELLS_MARKDOWN}, {CELLS_JSON})", err=json)
+    return code

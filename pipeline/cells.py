@@ -1,0 +1,87 @@
+"""One report over all cells of a recipe's matrix, beside the reports of their runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.measure.samples import SpeedMeasurement
+from pipeline.recipe import Recipe
+from pipeline.report.cells_html import render_cells_html
+from pipeline.report.cells_markdown import render_cells_markdown
+from pipeline.report.cells_report import CellOutcome, CellsReport, Means, build_cells_report
+from pipeline.run import RunResult
+from pipeline.run_folder import new_id
+
+CELLS_JSON = "cells.json"
+CELLS_MARKDOWN = "cells.md"
+CELLS_HTML = "cells.html"
+
+
+def outcome_of(recipe: Recipe, result: RunResult) -> CellOutcome:
+    """What became of a cell that ran."""
+    if recipe.cell is None:
+        raise ValueError("the recipe has no matrix")
+    return CellOutcome(
+        cell=recipe.cell,
+        exit_code=result.exit_code,
+        report=result.report,
+        run=f"../{result.folder.name}",
+        means=_means(result.folder),
+    )
+
+
+def write_cells(recipe: Recipe, outcomes: Sequence[CellOutcome], *, exit_code: int, runs: Path) -> Path:
+    """Write cells.html, .md and .json to a new folder `runs/NAME/cells-ID`, whole or not at all; returns the folder.
+
+    Raises: OSError where it cannot be written.
+    """
+    identity = new_id()
+    report = build_cells_report(
+        outcomes,
+        recipe=recipe.name,
+        description=recipe.description,
+        baseline=recipe.evaluate.baseline,
+        identity=identity,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        exit_code=exit_code,
+    )
+    finished = runs / recipe.name / f"cells-{identity}"
+    aside = finished.with_name(f".{finished.name}")
+    aside.mkdir(parents=True)
+    try:
+        _write(report, aside)
+        aside.rename(finished)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return finished
+
+
+def _write(report: CellsReport, folder: Path) -> None:
+    (folder / CELLS_MARKDOWN).write_text(render_cells_markdown(report), encoding="utf-8")
+    (folder / CELLS_HTML).write_text(render_cells_html(report), encoding="utf-8")
+    (folder / CELLS_JSON).write_text(report.to_json(), encoding="utf-8")
+
+
+def _means(folder: Path) -> Means:
+    """Mean seconds of all blocks of each stage at each point, outliers among them; none without samples."""
+    file = folder / "samples.json"
+    if not file.is_file():
+        return {}
+    try:
+        seen = SpeedMeasurement.model_validate(json.loads(file.read_text(encoding="utf-8"))).samples
+    except (ValueError, ValidationError):  # cut, or of another version: the medians are in the report
+        return {}
+    sums: dict[tuple[str, tuple[str, int, int, int | None]], list[float]] = {}
+    for sample in seen:
+        if sample.replica == 0:
+            at = sample.point
+            key = (sample.stage, (at.kind, at.batch, at.prompt, at.new_tokens or None))
+            sums.setdefault(key, []).append(sample.latency_s)
+    return {key: sum(values) / len(values) for key, values in sums.items()}  # type: ignore[misc]
