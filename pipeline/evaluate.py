@@ -95,7 +95,7 @@ class Evaluation:
             )
         spec = ExecutionSpec(device=self.plan.hardware.device, threads=self.plan.threads)
         stages = [
-            StageToMeasure(name, artifact, spec)
+            StageToMeasure(name, artifact, spec, memory_bytes=_memory_bytes(self.plan, name))
             for name, artifact in self.artifacts.items()
             if name in self.chosen and name not in failures
         ]
@@ -245,6 +245,9 @@ class Evaluation:
             ),
             baseline=self.recipe.evaluate.baseline,
             budget_s=self.recipe.evaluate.budget_s,
+            looks=self.recipe.evaluate.looks,
+            margin=self.recipe.evaluate.margin,
+            parents={stage.name: stage.parent for stage in self.plan.stages},
             seed=self.recipe.seed,
             logs=self.logs,
             on_progress=lambda fraction, message: self.events.measuring(f"speed, {fraction:.0%} {message}"),
@@ -260,6 +263,14 @@ class Evaluation:
             probe(self.plan.host, folder)
         except PipelineError as error:
             self.events.note(f"this machine could not be measured: {error}")
+
+
+def _memory_bytes(plan: Plan, name: str) -> int | None:
+    """What running the stage takes, by the plan's estimate; the pages of the weights that it maps included."""
+    predicted = plan.stage(name).predicted
+    if predicted is None or predicted.inference_bytes is None:
+        return None
+    return predicted.inference_bytes + (predicted.mapped_bytes or 0)
 
 
 Remembered = TypeVar("Remembered", bound=BaseModel)

@@ -30,6 +30,8 @@ class StageToMeasure:
     name: str
     artifact: Artifact
     spec: ExecutionSpec
+    memory_bytes: int | None = None
+    """What running it takes at its most, where that was estimated before."""
 
 
 class WorkerDiedError(StageError):

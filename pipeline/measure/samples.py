@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from pipeline.artifact import Frozen
+from pipeline.measure.looks import MARGIN, LookPlan
 from pipeline.measure.workload import Point
 
 
@@ -50,6 +51,17 @@ class LoadSample(Frozen):
     environment: dict[str, Any] = Field(default_factory=dict, description="threads and affinity as the worker saw them")
 
 
+class StartUp(Frozen):
+    """What it took to begin a launch of processes that run side by side, before their first round."""
+
+    launch: int
+    group: int = Field(default=0, description="0 where all models fit into memory together")
+    processes: int
+    import_s: float = Field(description="until all of them had imported their libraries, side by side")
+    load_s: float = Field(description="one after the other; without what compiling with nothing kept took")
+    warm_up_s: float
+
+
 class LoadTimes(Frozen):
     """Seconds to load a stage; None where it was not measured."""
 
@@ -62,8 +74,19 @@ class SpeedMeasurement(Frozen):
 
     baseline: str
     seed: int
+    budget_s: float = Field(default=0.0, description="that was given; cold compilation is not counted")
+    plan: LookPlan | None = Field(default=None, description="made before the first timed block; None: none was timed")
+    looks_taken: int = Field(default=0, description="0 where the budget ended it before the first, or nothing ran")
+    ended: Literal["decided", "looks", "budget", "failed"] | None = Field(
+        default=None,
+        description="decided: every comparison had a verdict; looks: the last was taken; budget: it was used up; "
+        "failed: the baseline, or all the others, had failed",
+    )
     launches: int = 0
     rounds: int = Field(default=0, description="in all launches together; with groups, those of the longest")
+    round_s: float | None = Field(default=None, description="seconds of a round as the warm-ups foretold them")
+    launch_s: float | None = Field(default=None, description="seconds before the first round of a launch, of the first")
+    start_ups: tuple[StartUp, ...] = ()
     decode_tokens: dict[str, int] = Field(
         default_factory=dict, description="point -> tokens that a decode block takes after each prompt"
     )
@@ -75,8 +98,21 @@ class SpeedMeasurement(Frozen):
         default_factory=dict, description="anonymous and shared memory of the worker while it runs, not while it loads"
     )
     inference_peak_rss_bytes: dict[str, int] = Field(default_factory=dict)
+    device_peak_memory_bytes: dict[str, int] = Field(
+        default_factory=dict, description="of the CUDA allocator, for the stages that have one"
+    )
     failures: dict[str, str] = Field(default_factory=dict, description="stage -> why it was not measured to the end")
     unloadable: tuple[str, ...] = Field(default=(), description="those of the failures whose model does not load")
     logs: dict[str, str] = Field(default_factory=dict, description="stage -> path of its workers' log")
     notes: tuple[str, ...] = Field(default=(), description="what a reader should know about how it went")
     wall_s: float = 0.0
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Rounds in all at each look, as planned."""
+        return () if self.plan is None else tuple(look.rounds for look in self.plan.looks)
+
+    @property
+    def margin(self) -> float:
+        """Speeds within this share of each other are equivalent."""
+        return MARGIN if self.plan is None else self.plan.margin

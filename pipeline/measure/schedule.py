@@ -1,71 +1,42 @@
-"""Who runs when: launches, warm-ups and shuffled rounds, so that what is compared was measured side by side.
+"""Who runs when: launches and shuffled rounds, so that what is compared was measured side by side.
 
 A launch starts one process for every stage and a second one for the baseline. In a round, every one of them runs a
 block at every point, one at a time, in an order drawn anew. A stage's figure is its ratio to the baseline inside the
-round; the second process of the baseline gives the ratio that pure noise has.
+round; the second process of the baseline gives the ratio that pure noise has. How many rounds and launches there are,
+and after which of them it is looked whether all is decided, is planned after the first warm-up and before the first
+timed block.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal
 
-from pipeline.artifact import Artifact
-from pipeline.errors import PipelineError, StageError
-from pipeline.measure.memory import MemorySampler
-from pipeline.measure.process import LoadError, StageToMeasure, StartWorker, Worker, WorkerProcess
-from pipeline.measure.samples import LoadSample, LoadTimes, Sample, SpeedMeasurement, WarmUpSample
+from pipeline.errors import PipelineError
+from pipeline.measure.budget import BLOCK_S, decode_steps, round_seconds
+from pipeline.measure.cold_load import ColdLoads, is_compiled
+from pipeline.measure.launches import Crew, Group, Launcher, Seat, seat_together, together_bytes
+from pipeline.measure.looks import LEAST_ROUNDS, MARGIN, LookPlan
+from pipeline.measure.process import StageToMeasure, StartWorker, Worker
+from pipeline.measure.record import Record
+from pipeline.measure.samples import Sample, SpeedMeasurement
+from pipeline.measure.statistics import decide
 from pipeline.measure.workload import Point, Workload
 
-_T = TypeVar("_T")
+LOOKS = (12, 30, 80, 200)
+"""Rounds after which it is looked whether all is decided."""
 
-LAUNCHES = 3
-LEAST_ROUNDS = 3
-MOST_ROUNDS = 20
-"""Rounds of a launch."""
+PLANNED_SHARE = 0.95
+"""Of the budget: what the warm-up foretells is not exact."""
 
-BLOCK_S = 0.2
-WARM_UP_CAP_S = 5.0
-PROCESS_BYTES = 600 * 2**20
-"""What a worker takes besides its model: the libraries."""
-
-WEIGHTS_FACTOR = 1.5
-"""Memory of a loaded model over the bytes of its weights: some are repacked or converted when they are loaded."""
-
+OVERRUN = 1.1
+"""Rounds that take longer than foretold may go on until so many times the budget."""
 
 Progress = Callable[[float, str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Seat:
-    """One process of a launch: a stage, or the second process of the baseline."""
-
-    stage: StageToMeasure
-    replica: int = 0
-
-    def __str__(self) -> str:
-        return self.stage.name + (" (again)" if self.replica else "")
-
-
-@dataclass
-class _Record:
-    """What is collected on the way."""
-
-    samples: list[Sample] = field(default_factory=list)
-    warm_ups: list[WarmUpSample] = field(default_factory=list)
-    loads: list[LoadSample] = field(default_factory=list)
-    memory: dict[str, int] = field(default_factory=dict)
-    rss: dict[str, int] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    unloadable: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+Ending = Literal["decided", "looks", "budget", "failed"]
 
 
 def measure_speed(
@@ -76,18 +47,24 @@ def measure_speed(
     budget_s: float,
     seed: int,
     logs: Path,
+    looks: Sequence[int] = LOOKS,
+    margin: float = MARGIN,
+    parents: Mapping[str, str | None] | None = None,
     on_progress: Progress = lambda fraction, message: None,
     clock: Callable[[], float] = time.monotonic,
     start_worker: StartWorker = Worker,
     available_bytes: int | None = None,
 ) -> SpeedMeasurement:
-    """Measure prefill and decode of every stage, and how long each takes to load.
+    """Measure every stage at every point of the workload, and how long each takes to load.
 
-    Within `budget_s` seconds there are LAUNCHES launches of at least LEAST_ROUNDS rounds; where that is too little,
-    fewer launches, and one launch of LEAST_ROUNDS in any case. Cold compilation is a part of the load time that the
-    budget does not count. `logs` gets one log a stage. A stage that fails is
-    left out from there on and its reason returned; the others go on. Where the models do not fit into
-    `available_bytes` (default: what the host has free) together, each stage runs beside the baseline alone.
+    It is looked after `looks` rounds in all (at most four, ascending) whether every comparison with the baseline has a
+    verdict at `margin`, and then it ends. Looks that `budget_s` seconds do not hold are left out beforehand; where
+    none fits, there are fewer rounds and launches, and LEAST_ROUNDS rounds of one launch in any case. Cold compilation
+    is a part of the load time that the budget does not count.
+
+    `logs` gets one log a stage. A stage that fails is left out from there on and its reason returned; the others go
+    on. `parents` names the stage that each was made from. Where the models do not fit into `available_bytes` (default:
+    what the host has free) together, each stage runs beside the baseline alone.
 
     Raises: PipelineError where no stage has the baseline's name, or two have the same.
     """
@@ -98,379 +75,336 @@ def measure_speed(
         import psutil
 
         available_bytes = int(psutil.virtual_memory().available)
+    record = Record()
+    groups = seat_together(stages, baseline, available_bytes)
+    if len(groups) > 1:
+        record.notes.append(
+            f"together the models take about {together_bytes(stages, baseline) / 1e9:.1f} GB and "
+            f"{available_bytes / 1e9:.1f} GB are free: each stage ran beside {baseline} alone"
+        )
     schedule = _Schedule(
-        stages=list(stages),
+        stages=stages,
         points=list(workload.points()),
+        groups=groups,
         baseline=baseline,
+        parents=parents or dict.fromkeys(names),
+        declared=LookPlan.declare(looks, margin),
         budget_s=budget_s,
         seed=seed,
         logs=logs,
+        record=record,
         on_progress=on_progress,
         clock=clock,
+        start_worker=start_worker,
     )
-    return schedule.run(start_worker, available_bytes)
+    return schedule.run()
 
 
 @dataclass
 class _Schedule:
-    stages: list[StageToMeasure]
-    points: list[Point]
+    stages: Sequence[StageToMeasure]
+    points: Sequence[Point]
+    groups: Sequence[Group]
     baseline: str
+    parents: Mapping[str, str | None]
+    declared: LookPlan
     budget_s: float
     seed: int
     logs: Path
+    record: Record
     on_progress: Progress
     clock: Callable[[], float]
-    record: _Record = field(default_factory=_Record)
-    vocab_size: int = 0
+    start_worker: StartWorker
+    plan: LookPlan | None = None
+    fits: bool = True
+    """Whether what is planned fits into the budget."""
     steps: dict[Point, int] = field(default_factory=dict)
+    round_s: float = 0.0
+    launch_s: float = 0.0
+    launches: int = 0
+    rounds: int = 0
+    """Of all launches; with groups, of the one that had most."""
+    looks_taken: int = 0
+    ended: Ending | None = None
 
     def __post_init__(self) -> None:
         self.began = self.clock()
-        self.cold_compile_s = 0.0
-        self.random = random.Random(self.seed)  # noqa: S311 (an order, not a secret)
-
-    def run(self, start_worker: StartWorker, available_bytes: int) -> SpeedMeasurement:
-        groups = self._groups(available_bytes)
-        self._cold_loads(groups, start_worker)
-        planned, rounds, launches, most = 1, LEAST_ROUNDS, 0, 0
-        launch = 0
-        while launch < planned:
-            began = self.clock()
-            counts: list[int] = []
-            first_round = 0
-            for group in groups:
-                seats = [seat for seat in group if seat.stage.name not in self.record.failures]
-                with ExitStack() as stack:
-                    workers = self._start(seats, launch, start_worker, stack)
-                    if not workers:
-                        continue
-                    estimates = self._warm_up(workers, launch, share=1 / len(groups))
-                    if launch == 0 and not counts:
-                        round_s = self._round_s(estimates) * len(groups)
-                        overhead_s = (self.clock() - began) * len(groups)
-                        planned, rounds = self._plan(round_s, overhead_s, len(groups))
-                    done = self._rounds(workers, launch, first_round, rounds, planned)
-                first_round += done
-                counts.append(done)
-            if any(counts):
-                launches += 1
-                most += max(counts)
-            launch += 1
-            if launch < planned and self._spent() > self.budget_s:
-                self.record.notes.append(f"the budget of {self.budget_s:g} s was used up after {launch} launches")
-                break
-            if not counts:
-                break
-        if launches == 0:
-            self.record.notes.append("no stage was measured to the end")
-        elif launches == 1:
-            self.record.notes.append("one launch: the intervals do not cover what differs from launch to launch")
-        elif launches < LAUNCHES:
-            self.record.notes.append(f"{launches} launches instead of {LAUNCHES}, for the budget")
-        return self._result(launches, most)
-
-    # Preparation
-
-    def _groups(self, available_bytes: int) -> list[list[_Seat]]:
-        """Seats that are loaded together: all, or where they do not fit, the baseline beside one at a time."""
-        base = next(stage for stage in self.stages if stage.name == self.baseline)
-        seats = [_Seat(stage) for stage in self.stages]
-        again = _Seat(base, replica=1)
-        need = sum(map(_estimated_bytes, [*seats, again]))
-        if need <= available_bytes or len(seats) == 1:
-            return [[*seats, again]]
-        self.record.notes.append(
-            f"together the models take about {need / 1e9:.1f} GB and {available_bytes / 1e9:.1f} GB are free: "
-            f"each stage ran beside {self.baseline} alone"
+        self.launcher = Launcher(
+            points=self.points,
+            baseline=self.baseline,
+            budget_s=self.budget_s,
+            seed=self.seed,
+            logs=self.logs,
+            record=self.record,
+            cold=ColdLoads({stage.name: stage.artifact for stage in self.stages}),
+            start_worker=self.start_worker,
+            clock=self.clock,
+            tell=self._tell,
         )
-        return [[_Seat(base), other] for other in [again, *seats] if other.replica or other.stage is not base]
 
-    def _cold_loads(self, groups: list[list[_Seat]], start_worker: StartWorker) -> None:
-        """Time cold loads that the first launch cannot: pages that another process maps cannot be dropped."""
-        for group in groups:
-            mapped: set[Path] = set()
-            for seat in group:
-                files = _files(seat.stage.artifact)
-                if seat.replica == 0 and files & mapped:
-                    with ExitStack() as stack:
-                        worker = self._begin(seat, start_worker, stack)
-                        if worker is not None:
-                            self._load(seat, worker, None, cold=True)
-                mapped |= files
+    def run(self) -> SpeedMeasurement:
+        self._compile_those_that_share()
+        first, number = self._first_crew()
+        with first:
+            if first.workers:
+                self._plan(first)
+                self._measure(first, number)
+        self._cold_loads_left()
+        self._note_what_is_missing()
+        return self._result()
 
-    # One launch
+    # The plan
 
-    def _start(
-        self, seats: list[_Seat], launch: int, start_worker: StartWorker, stack: ExitStack
-    ) -> dict[_Seat, WorkerProcess]:
-        """Workers with their artifacts loaded. Libraries are imported side by side; loading, which is timed, is not."""
-        order = seats if launch == 0 else self._shuffled(seats)
-        starting = {seat: w for seat in order if (w := self._begin(seat, start_worker, stack)) is not None}
-        for seat, worker in list(starting.items()):
-            try:
-                worker.wait_until_prepared()
-            except StageError as error:
-                self._fail(seat, str(error))
-                del starting[seat]
-        workers: dict[_Seat, WorkerProcess] = {}
-        for seat, worker in starting.items():
-            known = {sample.stage for sample in self.record.loads if sample.cold}
-            cold = launch == 0 and seat.replica == 0 and seat.stage.name not in known
-            if self._load(seat, worker, launch, cold=cold):
-                workers[seat] = worker
-        return workers
+    def _first_crew(self) -> tuple[Crew, int]:
+        """The first launch of the first group in which anything runs, and which one that is."""
+        crew, number = Crew(0, ()), 0
+        for number, group in enumerate(self.groups):
+            crew = self.launcher.start(group, 0, number=number, groups=len(self.groups))
+            if crew.workers:
+                break
+        return crew, number
 
-    def _begin(self, seat: _Seat, start_worker: StartWorker, stack: ExitStack) -> WorkerProcess | None:
-        """A process that has begun to import what it needs, closed by `stack`; None where it does not start."""
-        stage = seat.stage
-        if stage.name in self.record.failures:
-            return None
-        try:
-            worker = start_worker(stage.name, stage.spec, self.logs / f"{stage.name}.log")
-        except StageError as error:
-            self._fail(seat, str(error))
-            return None
-        stack.callback(worker.close)
-        worker.prepare(stage.artifact)
-        return worker
+    def _plan(self, crew: Crew) -> None:
+        """Fix the looks by what the first warm-up foretells. Groups are taken to be like the first."""
+        self.steps = decode_steps(self.points, crew.estimates, self.budget_s)
+        for point, steps in self.steps.items():
+            if steps < point.new_tokens:
+                timed = f"{steps} of {point.new_tokens} new tokens"
+                self.record.notes.append(f"{point}: {timed} were timed, for the budget")
+        groups = len(self.groups)
+        start_up = self.record.start_ups[-1]
+        launch_s = start_up.import_s + start_up.load_s + start_up.warm_up_s
+        self.round_s, self.launch_s = round_seconds(crew.estimates, self.steps) * groups, launch_s * groups
+        left_s = PLANNED_SHARE * self.budget_s - self._spent() + launch_s  # the plan counts the launch that has begun
+        plan = self._plan_within(left_s)
+        alone_s = self._cold_loads_after(plan) * launch_s / max(1, start_up.processes)
+        self.plan = self._plan_within(left_s - alone_s) if alone_s else plan
+        self.fits = self._seconds(self.plan) <= left_s
+        if self.plan.looks[0].rounds < self.declared.looks[0].rounds or not self.fits:
+            needed_s = (self._seconds(self.declared) + self._spent() - launch_s) / PLANNED_SHARE
+            self.record.notes.append(
+                f"the budget of {self.budget_s:g} s is too small for one look: {_look(self.declared)} would take about "
+                f"{needed_s:.0f} s; planned: {_look(self.plan)}"
+                + ("" if self.fits else ", which does not fit either: nothing is claimed")
+            )
+        looks = ", ".join(str(look.rounds) for look in self.plan.looks)
+        self._tell(f"planned: a look after {looks} rounds, {_counted(self.plan.looks[-1].launches, 'launch')} at most")
 
-    def _load(self, seat: _Seat, worker: WorkerProcess, launch: int | None, *, cold: bool) -> bool:
-        """Load and record how long it took; False where it failed."""
-        stage = seat.stage
-        self._tell(f"loading {seat}")
-        compiled = "compile" in stage.artifact.manifest.execution
-        dropped = cold and drop_from_page_cache(_files(stage.artifact))
-        try:
-            if cold and compiled:
-                worker.forget_compiled(stage.artifact)
-            answer = worker.load(stage.artifact)
-            compile_s = self._compile(seat, worker, cold=cold) if compiled else 0.0
-        except StageError as error:
-            self._fail(seat, str(error))
-            if isinstance(error, LoadError) and stage.name in self.record.failures:
-                self.record.unloadable.append(stage.name)
+    def _seconds(self, plan: LookPlan) -> float:
+        """Until the plan's first look."""
+        return plan.seconds(round_s=self.round_s, launch_s=self.launch_s)[0]
+
+    def _plan_within(self, left_s: float) -> LookPlan:
+        return self.declared.within_budget(left_s, round_s=self.round_s, launch_s=self.launch_s)
+
+    def _cold_loads_after(self, plan: LookPlan) -> int:
+        """How many cold loads the launches still to come leave over."""
+        groups = [[seat.stage.name for seat in group if not seat.replica] for group in self.groups]
+        return self.launcher.cold.left_after(plan.looks[0].launches - 1, groups)
+
+    # Rounds
+
+    def _measure(self, first: Crew, number: int) -> None:
+        """All launches of the plan, until a look finds everything decided or the budget is used up."""
+        assert self.plan is not None
+        planned = self.plan.rounds_by_launch
+        for launch, rounds in enumerate(planned):
+            if launch and not self._holds_a_launch():
+                self.ended = "budget"
+                return
+            done = 0
+            most = 0
+            for at, group in enumerate(self.groups):
+                if launch == 0 and at < number:  # nothing of it runs
+                    continue
+                if launch == 0 and at == number:
+                    crew = first
+                elif self._is_needless(group):
+                    continue
+                else:
+                    crew = self.launcher.start(group, launch, number=at, groups=len(self.groups), launches=len(planned))
+                with crew:
+                    ran = self._rounds(crew, done, rounds, len(planned))
+                done += ran
+                most = max(most, ran)
+            self.launches += bool(most)
+            self.rounds += most
+            if most < rounds:
+                self.ended = "budget" if self._alive() else "failed"
+                return
+            if self._look():
+                return
+        self.ended = "looks"
+
+    def _is_needless(self, group: Group) -> bool:
+        """Whether nothing could be compared in it: the stage beside the baseline has failed, or there is none left."""
+        names = {seat.stage.name for seat in group}
+        return not names - self.record.failures.keys() or (
+            len(self.groups) > 1 and bool(names & self.record.failures.keys())
+        )
+
+    def _alive(self) -> set[str]:
+        return {stage.name for stage in self.stages} - self.record.failures.keys()
+
+    def _rounds(self, crew: Crew, first: int, rounds: int, launches: int) -> int:
+        """Run rounds; the number of those that were run. The least are run whatever they take."""
+        launch = crew.launch
+        for number in range(rounds):
+            late = self._spent() + self.round_s / len(self.groups) > OVERRUN * self.budget_s
+            if late and (launch > 0 or number >= LEAST_ROUNDS):
+                return number
+            if not crew.workers:
+                return number
+            self._tell(f"launch {launch + 1} of {launches}, round {number + 1} of {rounds}")
+            order = 0
+            for point in self.launcher.shuffled(self.points):
+                for seat in self.launcher.shuffled(crew.workers):
+                    order += self._block(crew, seat, point, round=first + number, order=order)
+        return rounds
+
+    def _block(self, crew: Crew, seat: Seat, point: Point, *, round: int, order: int) -> bool:
+        """Run one block; False where its process has failed."""
+        if seat not in crew.workers or point not in self.steps:
             return False
-        if stage.name == self.baseline or not self.vocab_size:
-            self.vocab_size = min(self.vocab_size or answer["vocab_size"], answer["vocab_size"])
-        self.record.loads.append(
-            LoadSample(
-                stage=stage.name,
+        started_s = self.clock()
+        answer = self.launcher.ask(crew, seat, "block", point, steps=self.steps[point], min_s=BLOCK_S)
+        if answer is None:
+            return False
+        self.record.samples.append(
+            Sample(
+                stage=seat.stage.name,
                 replica=seat.replica,
-                launch=launch,
-                load_s=answer["load_s"] + compile_s,
-                cold=dropped,
-                environment=answer.get("environment", {}),
+                launch=crew.launch,
+                round=round,
+                order=order,
+                point=point,
+                seconds=tuple(answer["seconds"]),
+                started_s=started_s,
             )
         )
         return True
 
-    def _compile(self, seat: _Seat, worker: WorkerProcess, *, cold: bool) -> float:
-        """Seconds that compiling for the workload's shapes takes, which is a part of loading."""
-        self._tell(f"compiling {seat}")
-        shapes = sorted({(point.batch, point.prompt) for point in self.points})
-        compile_s = float(worker.ask("compile", shapes=shapes)["compile_s"])
-        if cold and compile_s:
-            self.cold_compile_s += compile_s
-            self.record.notes.append(
-                f"{seat}: compiling with nothing kept took {compile_s:.1f} s, which the budget does not count"
-            )
-        return compile_s
+    def _look(self) -> bool:
+        """Look, where the plan has a look at so many rounds; whether there is nothing more to find out."""
+        assert self.plan is not None
+        if self.rounds not in {look.rounds for look in self.plan.looks}:
+            return False
+        if self.fits:
+            self.looks_taken += 1
+        alive = self._alive()
+        if self.baseline not in alive or (len(self.stages) > 1 and alive == {self.baseline}):
+            self.ended = "failed"
+            return True
+        samples, look = self.record.samples, self.looks_taken or 1
+        found = decide(samples, baseline=self.baseline, parents=self.parents, plan=self.plan, look=look)
+        open_questions = [c for c in found.comparisons if c.verdict == "inconclusive" and c.stage in alive]
+        self._tell(f"{len(open_questions)} of {len(found.comparisons)} comparisons are not decided")
+        if open_questions or not self.fits:
+            return False
+        self.ended = "decided"
+        return True
 
-    def _warm_up(
-        self, workers: dict[_Seat, WorkerProcess], launch: int, *, share: float
-    ) -> dict[tuple[_Seat, Point], float]:
-        """Warm up every worker at every point and return the seconds that an iteration takes there.
+    def _holds_a_launch(self) -> bool:
+        """Whether another launch and a round fit into the budget."""
+        return self._spent() + self.launch_s + self.round_s <= OVERRUN * self.budget_s
 
-        The memory of the workers is sampled meanwhile, and never while a block is timed.
-        """
-        estimates: dict[tuple[_Seat, Point], float] = {}
-        cap_s = self.budget_s * share * 0.1 / max(1, len(workers) * len(self.points))
-        cap_s = min(max(cap_s, BLOCK_S), WARM_UP_CAP_S)
-        for seat, worker in list(workers.items()):  # those that fail are taken out
-            self._tell(f"warming up {seat}")
-            name = seat.stage.name
-            with MemorySampler(worker.pid) as memory:
-                for point in self.points:
-                    answer = self._ask(workers, seat, "warm_up", point, steps=point.new_tokens, cap_s=cap_s)
-                    if answer is None:
-                        break
-                    seconds = answer["seconds"]
-                    estimates[seat, point] = statistics.median(seconds[-max(1, len(seconds) // 2) :])
-                    self.record.warm_ups.append(
-                        WarmUpSample(
-                            stage=name,
-                            replica=seat.replica,
-                            launch=launch,
-                            point=point,
-                            seconds=tuple(seconds),
-                            flat=answer["flat"],
-                        )
-                    )
-            self.record.memory[name] = max(self.record.memory.get(name, 0), memory.peak_memory_bytes)
-            self.record.rss[name] = max(self.record.rss.get(name, 0), memory.peak_rss_bytes)
-        self._choose_steps(estimates)
-        return {key: value for key, value in estimates.items() if key[0] in workers}
+    # Cold loads that no launch gives
 
-    def _choose_steps(self, estimates: dict[tuple[_Seat, Point], float]) -> None:
-        """How many tokens each stage decodes after a prompt: all, or as many as the slowest can in its share."""
-        seats = len({seat for seat, _ in estimates}) or 1
-        share_s = max(BLOCK_S, 0.5 * self.budget_s / (LEAST_ROUNDS * seats * len(self.points)))
-        for point in self.points:
-            times = [s for (_, at), s in estimates.items() if at == point]
-            if point in self.steps or not times:
+    def _compile_those_that_share(self) -> None:
+        """Compile, with nothing kept, those of which the first launch can load no more than one cold."""
+        compiled = {stage.name for stage in self.stages if is_compiled(stage.artifact)}
+        for group in self.groups:
+            loaded: list[str] = []
+            for name in [name for name in self.launcher.cold.due if name in compiled and name in _names(group)]:
+                if self.launcher.cold.may(name, loaded):
+                    loaded.append(name)
+                else:
+                    self.launcher.load_cold_alone(name, group)
+
+    def _cold_loads_left(self) -> None:
+        cold, missing = self.launcher.cold, []
+        for name in cold.due:
+            if name in self.record.failures:
                 continue
-            fitting = int(share_s / max(times)) if max(times) > 0 else point.new_tokens
-            self.steps[point] = min(point.new_tokens, max(4, fitting))
-            if point.kind == "decode" and self.steps[point] < point.new_tokens:
-                self.record.notes.append(
-                    f"{point}: {self.steps[point]} of {point.new_tokens} new tokens were timed, for the budget"
-                )
-
-    def _round_s(self, estimates: dict[tuple[_Seat, Point], float]) -> float:
-        """Seconds that a round takes, by what the warm-up saw; the work that is not timed included."""
-        total = 0.0
-        prefill = {
-            (seat, point.batch, point.prompt): s for (seat, point), s in estimates.items() if point.kind == "prefill"
-        }
-        for (seat, point), iteration_s in estimates.items():
-            if point.kind == "prefill":
-                total += iteration_s + max(BLOCK_S, iteration_s)
-            else:
-                cycle_s = max(iteration_s * self.steps[point], 1e-6)
-                cycles = max(1.0, BLOCK_S / cycle_s)
-                total += cycles * (cycle_s + prefill.get((seat, point.batch, point.prompt), 0.0))
-        return max(total, 1e-6)
-
-    def _plan(self, round_s: float, overhead_s: float, groups: int) -> tuple[int, int]:
-        """(launches, rounds a launch) for what is left of the budget, decided before the first round."""
-        left = self.budget_s - self._spent() - (overhead_s * (groups - 1) / groups)
-        for launches in range(LAUNCHES, 0, -1):
-            rounds = int((left - (launches - 1) * overhead_s) / (launches * round_s))
-            if rounds >= LEAST_ROUNDS:
-                return launches, min(rounds, MOST_ROUNDS)
-        return 1, LEAST_ROUNDS
-
-    def _rounds(self, workers: dict[_Seat, WorkerProcess], launch: int, first: int, rounds: int, launches: int) -> int:
-        """Run rounds; the number of those begun. Late ones are left out where the budget is far exceeded."""
-        for number in range(rounds):
-            if number >= LEAST_ROUNDS and self._spent() > 1.25 * self.budget_s:
-                self.record.notes.append(f"launch {launch + 1} ended after {number} of {rounds} rounds, for the budget")
-                return number
-            if not workers:
-                return number
-            self._tell(f"launch {launch + 1} of {launches}, round {number + 1} of {rounds}")
-            order = 0
-            for point in self._shuffled(self.points):
-                for seat in self._shuffled(workers):
-                    if seat not in workers:
-                        continue
-                    started_s = self.clock()
-                    answer = self._ask(workers, seat, "block", point, steps=self.steps[point], min_s=BLOCK_S)
-                    if answer is None:
-                        continue
-                    self.record.samples.append(
-                        Sample(
-                            stage=seat.stage.name,
-                            replica=seat.replica,
-                            launch=launch,
-                            round=first + number,
-                            order=order,
-                            point=point,
-                            seconds=tuple(answer["seconds"]),
-                            started_s=started_s,
-                        )
-                    )
-                    order += 1
-        return rounds
-
-    def _ask(
-        self, workers: dict[_Seat, WorkerProcess], seat: _Seat, request: str, point: Point, **fields: Any
-    ) -> dict[str, Any] | None:
-        """The worker's answer; None where it failed, and then its stage is out."""
-        try:
-            return workers[seat].ask(
-                request, point=point.model_dump(), vocab_size=self.vocab_size, seed=self.seed, **fields
-            )
-        except StageError as error:
-            workers.pop(seat).close()
-            self._fail(seat, f"{point}: {error}")
-            return None
-
-    def _fail(self, seat: _Seat, reason: str) -> None:
-        """Leave the stage out from here on; without the baseline's second process only the noise is unknown."""
-        if seat.replica:
+            start_ups = self.record.start_ups
+            one_s = sum(s.import_s + s.load_s for s in start_ups) / max(1, sum(s.processes for s in start_ups))
+            if not self.plan or self._spent() + one_s > OVERRUN * self.budget_s:
+                missing.append(name)
+                continue
+            self.launcher.load_cold_alone(name, next(group for group in self.groups if name in _names(group)))
+        if missing and self.plan:
             self.record.notes.append(
-                f"the second process of {seat.stage.name} failed, the noise is not known: {reason}"
+                f"the cold load of {', '.join(missing)} was not measured: the files are shared with another stage, so "
+                "that each launch can time one of them, and the budget held no more"
             )
-        else:
-            self.record.failures[seat.stage.name] = reason
 
-    # Odds and ends
+    # The result
 
-    def _shuffled(self, items: Iterable[_T]) -> list[_T]:
-        drawn = list(items)
-        self.random.shuffle(drawn)
-        return drawn
+    def _note_what_is_missing(self) -> None:
+        if not self.launches:
+            self.record.notes.append("no stage was measured to the end")
+        elif self.launches == 1:
+            self.record.notes.append("one launch: what differs from launch to launch is assumed, and not measured")
+        unknown = [
+            stage.name
+            for stage in self.stages
+            if stage.name not in self.record.failures
+            and not any(sample.stage == stage.name for sample in self.record.samples)
+        ]
+        for name in unknown:
+            why = self.record.failures.get(self.baseline)
+            self.record.failures[name] = (
+                f"not measured: the baseline {self.baseline} failed: {why}"
+                if why
+                else f"not measured: the budget of {self.budget_s:g} s was used up before its first round"
+            )
 
     def _spent(self) -> float:
-        return self.clock() - self.began - self.cold_compile_s
+        return self.clock() - self.began - self.launcher.cold_compile_s
 
     def _tell(self, message: str) -> None:
         self.on_progress(min(1.0, self._spent() / self.budget_s) if self.budget_s > 0 else 1.0, message)
 
-    def _result(self, launches: int, rounds: int) -> SpeedMeasurement:
+    def _result(self) -> SpeedMeasurement:
         record = self.record
-        load = {}
-        for stage in self.stages:
-            mine = [sample for sample in record.loads if sample.stage == stage.name]
-            warm = [sample.load_s for sample in mine if not sample.cold]
-            load[stage.name] = LoadTimes(
-                cold_s=next((sample.load_s for sample in mine if sample.cold), None),
-                warm_s=statistics.median(warm) if warm else None,
-            )
+        names = [stage.name for stage in self.stages]
         return SpeedMeasurement(
             baseline=self.baseline,
             seed=self.seed,
-            launches=launches,
-            rounds=rounds,
+            budget_s=self.budget_s,
+            plan=self.plan,
+            looks_taken=self.looks_taken,
+            ended=self.ended,
+            launches=self.launches,
+            rounds=self.rounds,
+            round_s=self.round_s or None,
+            launch_s=self.launch_s or None,
+            start_ups=tuple(record.start_ups),
             decode_tokens={str(point): steps for point, steps in self.steps.items() if point.kind == "decode"},
             samples=tuple(record.samples),
             warm_ups=tuple(record.warm_ups),
             load_samples=tuple(record.loads),
-            load=load,
+            load=record.load_times(names),
             inference_peak_memory_bytes=record.memory,
             inference_peak_rss_bytes=record.rss,
+            device_peak_memory_bytes=record.device_memory,
             failures=record.failures,
             unloadable=tuple(record.unloadable),
-            logs={stage.name: str(self.logs / f"{stage.name}.log") for stage in self.stages},
+            logs={name: str(self.logs / f"{name}.log") for name in names},
             notes=tuple(record.notes),
             wall_s=self.clock() - self.began,
         )
 
 
-def drop_from_page_cache(files: Iterable[Path]) -> bool:
-    """Tell the kernel to drop the files' clean pages; False where it cannot be told. Pages in use stay."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    for path in files:
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError:
-            return False
-        finally:
-            os.close(handle)
-    return True
+def _names(group: Group) -> set[str]:
+    return {seat.stage.name for seat in group}
 
 
-def _files(artifact: Artifact) -> set[Path]:
-    """The files of the artifact's components: graphs and weights."""
-    return {artifact.locate(entry) for part in artifact.manifest.components.values() for entry in part.files.values()}
+def _look(plan: LookPlan) -> str:
+    """What the plan's first look takes."""
+    return f"{_counted(plan.looks[0].rounds, 'round')} in {_counted(plan.looks[0].launches, 'launch')}"
 
 
-def _estimated_bytes(seat: _Seat) -> int:
-    return int(seat.stage.artifact.manifest.weights_bytes * WEIGHTS_FACTOR) + PROCESS_BYTES
+def _counted(count: int, what: str) -> str:
+    ending = "" if count == 1 else "es" if what.endswith("ch") else "s"
+    return f"{count} {what}{ending}"

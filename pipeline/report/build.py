@@ -70,7 +70,13 @@ def build_report(
     floors: tuple[MeasuredFloor, ...] = ()
     if speed is not None:
         parents = {stage.name: stage.parent for stage in plan.stages}
-        found = speed_figures(speed.samples, baseline=recipe.evaluate.baseline, parents=parents)
+        found = speed_figures(
+            speed.samples,
+            baseline=recipe.evaluate.baseline,
+            parents=parents,
+            plan=speed.plan,
+            looks_taken=speed.looks_taken,
+        )
         figures, floors = found.stages, found.noise_floor
     held: set[str] = set()
     stages = []

@@ -81,8 +81,9 @@ class Schedule(Part):
     looks_taken: int
     rounds: int
     launches: int
-    ended: Literal["decided", "looks", "budget"] = Field(
-        description="decided: every comparison had a verdict; looks: the last one was taken; budget: it was used up"
+    ended: Literal["decided", "looks", "budget", "failed"] = Field(
+        description="decided: every comparison had a verdict; looks: the last one was taken; budget: it was used up; "
+        "failed: nothing was left to compare"
     )
 
 

@@ -12,6 +12,7 @@ ENDINGS = {
     "decided": "because all was decided",
     "looks": "with the last look",
     "budget": "because the budget was used up",
+    "failed": "because nothing was left to compare",
 }
 
 RATIO_NOTE = (

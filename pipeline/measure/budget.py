@@ -1,0 +1,49 @@
+"""What a round takes, foretold from the warm-up, so that the plan is made before the first timed block."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+from pipeline.measure.looks import LEAST_ROUNDS
+from pipeline.measure.workload import Point
+
+BLOCK_S = 0.2
+LEAST_STEPS = 4
+"""Fewer decoded tokens after a prompt say little of what a token takes."""
+
+_Process = TypeVar("_Process", bound=Hashable)
+Estimates = Mapping[tuple[_Process, Point], float]
+"""Seconds of an iteration of a process at a point."""
+
+
+def decode_steps(points: Sequence[Point], estimates: Estimates[_Process], budget_s: float) -> dict[Point, int]:
+    """How many tokens every stage decodes after a prompt: all, or what the slowest can in its share of the budget.
+
+    A point at which nothing was seen has none; prefill and whole passes decode nothing.
+    """
+    processes = len({process for process, _ in estimates}) or 1
+    share_s = max(BLOCK_S, 0.5 * budget_s / (LEAST_ROUNDS * processes * max(1, len(points))))
+    steps = {}
+    for point in points:
+        slowest = max((seconds for (_, at), seconds in estimates.items() if at == point), default=None)
+        if slowest is None:
+            continue
+        fitting = int(share_s / slowest) if slowest > 0 else point.new_tokens
+        steps[point] = min(point.new_tokens, max(LEAST_STEPS, fitting))
+    return steps
+
+
+def round_seconds(estimates: Estimates[_Process], steps: Mapping[Point, int]) -> float:
+    """Seconds that one block of every process at every point takes; the work that is not timed included."""
+    total = 0.0
+    prompts = {(key, p.batch, p.prompt): seconds for (key, p), seconds in estimates.items() if p.kind == "prefill"}
+    for (process, point), iteration_s in estimates.items():
+        if point.kind == "decode":
+            cycle_s = max(iteration_s * steps[point], 1e-6)
+            cycles = -(-BLOCK_S // cycle_s)
+            total += cycles * (cycle_s + prompts.get((process, point.batch, point.prompt), 0.0))
+        else:
+            iterations = -(-BLOCK_S // max(iteration_s, 1e-6))
+            total += iteration_s * (1 + iterations)  # the first is not timed
+    return max(total, 1e-6)
