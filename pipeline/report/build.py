@@ -32,6 +32,7 @@ from pipeline.report.schema import (
     QualityFacts,
     QualityRatio,
     Report,
+    Schedule,
     Speed,
     StageReport,
 )
@@ -116,6 +117,7 @@ def build_report(
         threads=plan.threads,
         notes=(*plan.notes, *measured.notes),
         baseline=recipe.evaluate.baseline,
+        schedule=_schedule(speed),
         noise_floor=tuple(NoiseFloor(**{**f.model_dump(), "new_tokens": f.new_tokens or None}) for f in floors),
         stages=tuple(stages),
     )
@@ -224,6 +226,20 @@ def _blobs(artifact: Artifact) -> set[str]:
 
 def _speed(point: SpeedPoint) -> Speed:
     return Speed.model_validate({**point.model_dump(), "new_tokens": point.new_tokens or None})
+
+
+def _schedule(speed: SpeedMeasurement | None) -> Schedule | None:
+    if speed is None or speed.plan is None or speed.ended is None:
+        return None
+    return Schedule(
+        budget_s=speed.budget_s,
+        margin=speed.margin,
+        looks=speed.looks,
+        looks_taken=speed.looks_taken,
+        rounds=speed.rounds,
+        launches=speed.launches,
+        ended=speed.ended,
+    )
 
 
 def _quality(quality: StageQuality, judgement: Judgement | None) -> QualityFacts:
