@@ -11,6 +11,8 @@ requests the process blocks in a read.
     warm_up          point, vocab_size, seed, steps, cap_s  -> seconds, flat, device_peak_memory_bytes
     block            point, vocab_size, seed, steps, min_s  -> seconds
     score            work (see pipeline.measure.scoring)    -> what score_windows returns
+    layers           manifest, blobs, spec, work            -> what answer_layers of pipeline.measure.layers returns;
+                                                               nothing needs to be loaded, and nothing stays so
 
 `forget_compiled` and `compile` are answered by the runner's `forget_compiled(artifact, spec)` and
 `compile_shapes(batch, prompt)`, where it has them; a property `compilations`, which counts them, keeps what is compiled
@@ -65,6 +67,7 @@ class Session:
             "warm_up": self._warm_up,
             "block": self._block,
             "score": self._score,
+            "layers": self._layers,
         }
         if name not in handlers:
             raise PipelineError(f"unknown request {name!r}")
@@ -130,6 +133,15 @@ class Session:
         from pipeline.measure.scoring import ScoreWork, score_windows
 
         return score_windows(self.runner, ScoreWork.model_validate(work)).model_dump()
+
+    def _layers(
+        self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any], work: dict[str, Any]
+    ) -> dict[str, Any]:
+        from pipeline.measure.layers import LayersWork, answer_layers
+
+        self._prepare(manifest, blobs, spec)
+        artifact = Artifact(Manifest.model_validate(manifest), Path(blobs))
+        return answer_layers(artifact, ExecutionSpec.model_validate(spec), LayersWork.model_validate(work))
 
 
 def _import_libraries(artifact: Artifact) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,8 @@ from pipeline.runtime.sequence import NO_CACHE, NO_CACHE_HINT, Sequence, as_toke
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike
+
+    from pipeline.runtime.layer_outputs import LayerOutputs
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -103,6 +105,27 @@ class OnnxRuntimeRunner:
         import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401
 
+    @staticmethod
+    def layers(artifact: Artifact, spec: ExecutionSpec) -> LayerOutputs:
+        """The artifact, loaded so that it shows what lies between its layers.
+
+        Raises: PipelineError where no layers are found in its graph, or it does not load.
+        """
+        from pipeline.runtime.onnx_layers import OnnxLayers
+
+        return OnnxLayers(artifact, spec)
+
+    def values(self, tokens: ArrayLike, names: Iterable[str]) -> list[np.ndarray]:
+        """These outputs of the graph as float32, after a pass over [B, S] from an empty cache, which keeps nothing."""
+        ids = as_tokens(tokens)
+        _, length = self._sequence.check_prompt(ids)
+        self.reset()
+        try:
+            found = self._session.run_with_ort_values(list(names), self._feeds(ids, keep=length))
+        except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
+            raise PipelineError(f"ONNX Runtime failed on tokens {list(ids.shape)}: {error}") from error
+        return [_positions(value, slice(None)) for value in found]
+
     def forward(self, tokens: ArrayLike) -> np.ndarray:
         """Compute the logits of all positions of [B, S], keep nothing, and return the last position's, [B, V]."""
         ids = as_tokens(tokens)
@@ -172,6 +195,24 @@ class OnnxRuntimeRunner:
 
         What the tokens add to the cache is kept if `cached`.
         """
+        values = self._feeds(tokens, keep=keep)
+        binding = self._session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self._logits, "cpu")
+        for name in self._presents if cached else ():
+            binding.bind_output(name, self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
+            shape, past = list(tokens.shape), self._sequence.length
+            self.reset()
+            raise PipelineError(f"ONNX Runtime failed on tokens {shape} after {past}: {error}") from error
+        logits, *self._past = binding.get_outputs()  # in the order of binding
+        return logits
+
+    def _feeds(self, tokens: np.ndarray, *, keep: int) -> dict[str, Any]:
+        """OrtValues of the graph's inputs for these tokens after what the cache holds."""
         import numpy as np
 
         batch, length = tokens.shape
@@ -186,19 +227,7 @@ class OnnxRuntimeRunner:
         values = {name: _ort_value(self._integers(name, array)) for name, array in given.items()}
         if self._pasts:
             values |= zip(self._pasts, self._past or self._empty_past(batch), strict=True)
-        binding = self._session.io_binding()
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output(self._logits, "cpu")
-        for name in self._presents if cached else ():
-            binding.bind_output(name, self._device)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
-            self.reset()
-            raise PipelineError(f"ONNX Runtime failed on tokens {[batch, length]} after {past}: {error}") from error
-        logits, *self._past = binding.get_outputs()  # in the order of binding
-        return logits
+        return values
 
     def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
         """`values` in the integer type that the graph's input has."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike
 
+    from pipeline.runtime.layer_outputs import LayerOutputs
+
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 LEAST_SHARE = 0.9
@@ -188,6 +190,21 @@ class TorchRunner:
         for _ in range(min(2, self.max_length - prompt)):  # whatever the second finds that the first did not
             self.decode(np.zeros((batch, 1), np.int64))
         self.reset()
+
+    @staticmethod
+    def layers(artifact: Artifact, spec: ExecutionSpec) -> LayerOutputs:
+        """The artifact, loaded so that it shows what lies between its layers.
+
+        Raises: PipelineError where its layers cannot be seen, or it does not load.
+        """
+        from pipeline.runtime.torch_layers import TorchLayers
+
+        return TorchLayers(artifact, spec)
+
+    @property
+    def model(self) -> Any:
+        """The module of transformers."""
+        return self._model
 
     def forward(self, tokens: ArrayLike) -> np.ndarray:
         """Compute the logits of all positions of [B, S], keep nothing, and return the last position's, [B, V]."""

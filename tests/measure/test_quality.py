@@ -338,12 +338,12 @@ def test_every_reason_to_be_degraded_is_named() -> None:
     assert judged(ratio(1.1, 1.1), 0.02, 0.9).reason.count("beyond") == 2
 
 
-@given(st.floats(0.5, 3), st.floats(0, 0.3), st.floats(0, 0.3), st.floats(0, 1), st.floats(0, 1), st.floats(1.001, 1.5))
+@given(st.floats(0.5, 3), st.floats(0, 0.3), st.floats(0, 1), st.floats(0, 1), st.floats(1.001, 1.5))
 def test_a_wider_threshold_never_makes_a_verdict_worse(
-    middle: float, below: float, above: float, divergence: float, agreement: float, limit: float
+    middle: float, half: float, divergence: float, agreement: float, limit: float
 ) -> None:
     order = ["identical", "equivalent", "degraded", "broken"]
-    interval = RatioInterval(ratio=middle, low=middle - below, high=middle + above)
+    interval = RatioInterval(ratio=middle, low=middle - half, high=middle + half)
     narrow = judged(interval, divergence, agreement, equivalent_perplexity_ratio=limit)
     wide = judged(interval, divergence, agreement, equivalent_perplexity_ratio=limit * 1.1)
     assert order.index(wide.verdict) <= order.index(narrow.verdict)
