@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -12,8 +12,15 @@ from pydantic import BaseModel, ValidationError
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError
 from pipeline.events import Events
-from pipeline.hardware.probe import cached_probe, probe, probe_folder
+from pipeline.hardware.probe import Figure, cached_probe, probe, probe_folder, quick_bandwidth
 from pipeline.measure.effect import EFFECT_VERSION, Effect, compare_artifacts
+from pipeline.measure.layers import (
+    LAYERS_VERSION,
+    PASSAGE_TOKENS,
+    PASSAGES,
+    LayerDivergence,
+    measure_layers,
+)
 from pipeline.measure.process import StageToMeasure
 from pipeline.measure.quality import (
     QUALITY_VERSION,
@@ -23,10 +30,13 @@ from pipeline.measure.quality import (
     fit_windows,
     judge,
     measure_quality,
+    seeded_tokens,
+    tokenize,
 )
 from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
-from pipeline.measure.workload import Workload
+from pipeline.measure.work_counts import WORK_VERSION, Work, count_work, extent_of
+from pipeline.measure.workload import Point, Workload
 from pipeline.plan import Plan, digest_of
 from pipeline.recipe import Recipe
 from pipeline.runtime import ExecutionSpec, runner_version
@@ -42,7 +52,13 @@ class Measured:
     quality: Mapping[str, StageQuality] = field(default_factory=dict)
     judgements: Mapping[str, Judgement] = field(default_factory=dict)
     """What the recipe's thresholds make of the quality of those that were compared with the baseline."""
+    divergences: Mapping[str, LayerDivergence] = field(default_factory=dict)
+    """Where the quality of those that are worse than the baseline fell."""
     speed: SpeedMeasurement | None = None
+    work: Mapping[str, Mapping[Point, Work]] = field(default_factory=dict)
+    """What an iteration at each workload point asks of a machine, for the stages of which that is known."""
+    bandwidth: tuple[Figure, ...] = ()
+    """Of the host's memory before and after speed was measured."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Why a stage has no figures."""
     unloadable: Set[str] = frozenset()
@@ -117,8 +133,13 @@ class Evaluation:
             )
         notes: list[str] = []
         timed = None
+        work, uncounted = self._work(stages)
+        notes += uncounted
+        bandwidth: tuple[Figure, ...] = ()
         if speed:  # before quality: what a cold load compiles is there when the same model is scored
+            before = self._bandwidth()
             timed = self._speed(stages)
+            bandwidth = (*before, *self._bandwidth())
             failures |= timed.failures
             notes += timed.notes
         else:
@@ -132,12 +153,18 @@ class Evaluation:
         unloadable |= quality.unloadable
         if quality.problem is not None:
             failures = {stage.name: quality.problem for stage in stages} | failures
+        judgements = self._judgements(quality.stages)
+        divergences, unseen = self._divergences(stages, judgements, text_digest, known_only=not speed)
+        notes += unseen
         return Measured(
             text_digest=text_digest,
             effects=effects,
             quality=quality.stages,
-            judgements=self._judgements(quality.stages),
+            judgements=judgements,
+            divergences=divergences,
             speed=timed,
+            work=work,
+            bandwidth=bandwidth,
             failures=failures,
             unloadable=unloadable,
             logs=self._logs(),
@@ -158,12 +185,15 @@ class Evaluation:
         found: dict[str, Effect] = {}
         failures: dict[str, str] = {}
         for name, before, after in pairs:
-            key = digest_of({"effect": EFFECT_VERSION, "before": before.digest, "after": after.digest})
+            device = self.plan.hardware.device
+            key = digest_of(
+                {"effect": EFFECT_VERSION, "before": before.digest, "after": after.digest, "device": device}
+            )
             if (known := _remembered(Effect, self.store, key)) is not None:
                 found[name] = known
                 continue
             try:
-                found[name] = compare_artifacts(before, after)
+                found[name] = compare_artifacts(before, after, device=device)
             except Exception as error:  # a pass can yield anything; what cannot be read fails its stage and no other
                 failures[name] = f"its artifact cannot be read: {type(error).__name__}: {error}"
                 continue
@@ -176,9 +206,8 @@ class Evaluation:
         asked_for = QualityWorkload(window=wanted.window, stride=wanted.stride, tokens=wanted.tokens)
         workload, notes = fit_windows(asked_for, [stage.artifact for stage in stages])
         baseline = next(s for s in stages if s.name == self.recipe.evaluate.baseline)
-        # no text is likelier than another to a model with random weights: it scores seeded tokens
-        random_weights = self.recipe.seed if self.recipe.model.architecture is not None else None
-        scored_text = text_digest if random_weights is None else f"tokens drawn from seed {random_weights}"
+        random_weights = self._token_seed
+        scored_text = self._scored_text(text_digest)
 
         def key(stage: StageToMeasure) -> str:
             return digest_of(
@@ -222,6 +251,72 @@ class Evaluation:
             notes=(*notes, *measured.notes),
         )
 
+    @property
+    def _token_seed(self) -> int | None:
+        """No text is likelier than another to a model with random weights: it scores tokens drawn from this seed."""
+        return self.recipe.seed if self.recipe.model.architecture is not None else None
+
+    def _scored_text(self, text_digest: str) -> str:
+        """What tells the scored tokens from others, for the keys of what is remembered."""
+        return text_digest if self._token_seed is None else f"tokens drawn from seed {self._token_seed}"
+
+    def _divergences(
+        self,
+        stages: Sequence[StageToMeasure],
+        judgements: Mapping[str, Judgement],
+        text_digest: str,
+        *,
+        known_only: bool,
+    ) -> tuple[dict[str, LayerDivergence], list[str]]:
+        """(where the quality of worse stages fell, notes of why that is not known of others).
+
+        A stage is compared with its parent, where that is as good as the baseline, else with the baseline.
+        """
+        loaded = {stage.name: stage for stage in stages}
+        baseline = self.recipe.evaluate.baseline
+        good = {name for name, found in judgements.items() if found.verdict in {"identical", "equivalent"}} | {baseline}
+        parents = {planned.name: planned.parent for planned in self.plan.stages}
+        found: dict[str, LayerDivergence] = {}
+        unknown: dict[str, tuple[StageToMeasure, StageToMeasure]] = {}
+        keys: dict[str, str] = {}
+        for name, judged in judgements.items():
+            if judged.verdict not in {"degraded", "broken"}:
+                continue
+            parent = parents.get(name)
+            pair = loaded[name], loaded[parent if parent in good and parent in loaded else baseline]
+            keys[name] = digest_of(
+                {
+                    "version": LAYERS_VERSION,
+                    "layers": [s.artifact.digest for s in pair],
+                    "runners": [runner_version(s.artifact.format) for s in pair],
+                    "text": self._scored_text(text_digest),
+                    "host": self.plan.host.facets(),
+                    "device": self.plan.hardware.device,
+                    "threads": self.plan.threads,
+                }
+            )
+            known = _remembered(LayerDivergence, self.store, keys[name])
+            if known is not None:
+                found[name] = known.model_copy(update={"reference": pair[1].name})
+            else:
+                unknown[name] = pair
+        if known_only or not unknown:
+            return found, []
+        source = loaded[baseline].artifact
+        limit = PASSAGES * PASSAGE_TOKENS
+        measured = measure_layers(
+            list(unknown.values()),
+            ids=tokenize(source, self.text, limit=limit)
+            if self._token_seed is None
+            else seeded_tokens(source, limit, self._token_seed),
+            logs=self.logs,
+            on_progress=lambda message: self.events.measuring(f"where quality fell, {message}"),
+        )
+        for name, divergence in measured.stages.items():
+            self.store.put_measurement(keys[name], divergence.model_dump(mode="json"))
+        notes = [f"at which layer the quality of {n} fell is not known: {why}" for n, why in measured.reasons.items()]
+        return {**found, **measured.stages}, notes
+
     def _judgements(self, quality: Mapping[str, StageQuality]) -> dict[str, Judgement]:
         """By the thresholds of this recipe, whenever the figures were found."""
         thresholds = self.recipe.evaluate.quality.thresholds
@@ -232,17 +327,48 @@ class Evaluation:
             if found.vs_baseline is not None
         }
 
+    def _workload(self) -> Workload:
+        wanted = self.recipe.evaluate.workload
+        return Workload(
+            prompt_lengths=tuple(wanted.prompt_lengths),
+            new_tokens=tuple(wanted.new_token_counts),
+            batch_sizes=tuple(wanted.batch_sizes),
+            forward=None if wanted.forward is None else tuple((b, length) for b, length in wanted.forward),
+        )
+
+    def _work(self, stages: list[StageToMeasure]) -> tuple[dict[str, dict[Point, Work]], list[str]]:
+        """(by stage, what each workload point asks of a machine; why that is not known of some)."""
+        device = self.plan.hardware.device
+        found: dict[str, dict[Point, Work]] = {}
+        problems: list[str] = []
+        for stage in stages:
+            for point in self._workload().points():
+                extent = extent_of(point)
+                key = digest_of({"work": WORK_VERSION, "of": stage.artifact.digest, "extent": extent, "device": device})
+                work = _remembered(Work, self.store, key)
+                if work is None:
+                    try:
+                        work = count_work(stage.artifact, extent, device=device)
+                    except Exception as error:  # a graph can be anything; it runs or fails without being counted
+                        problems.append(f"the work of {stage.name} was not counted: {type(error).__name__}: {error}")
+                        break
+                    if work is None:
+                        break
+                    self.store.put_measurement(key, work.model_dump(mode="json"))
+                found.setdefault(stage.name, {})[point] = work
+        return found, problems
+
+    def _bandwidth(self) -> tuple[Figure, ...]:
+        """What the host's memory delivers right now, where the stages run on the host's processor."""
+        if self.plan.hardware.device != "cpu":
+            return ()
+        return (quick_bandwidth(host=self.plan.host, threads=self.plan.threads),)
+
     def _speed(self, stages: list[StageToMeasure]) -> SpeedMeasurement:
         self._probe()
-        wanted = self.recipe.evaluate.workload
         return measure_speed(
             stages,
-            Workload(
-                prompt_lengths=tuple(wanted.prompt_lengths),
-                new_tokens=tuple(wanted.new_token_counts),
-                batch_sizes=tuple(wanted.batch_sizes),
-                forward=None if wanted.forward is None else tuple((b, length) for b, length in wanted.forward),
-            ),
+            self._workload(),
             baseline=self.recipe.evaluate.baseline,
             budget_s=self.recipe.evaluate.budget_s,
             looks=self.recipe.evaluate.looks,
@@ -256,11 +382,12 @@ class Evaluation:
     def _probe(self) -> None:
         """Measure this machine, once: what it can do belongs beside what was measured on it."""
         folder = probe_folder(self.store.root)
-        if cached_probe(self.plan.host, folder) is not None:
+        threads = self.plan.threads
+        if cached_probe(self.plan.host, folder, threads=threads) is not None:
             return
         self.events.measuring("what this machine can do, once")
         try:
-            probe(self.plan.host, folder)
+            probe(self.plan.host, folder, threads=threads)
         except PipelineError as error:
             self.events.note(f"this machine could not be measured: {error}")
 

@@ -112,6 +112,8 @@ class PassContext:
     facets: Mapping[str, Any] = field(default_factory=dict)
     threads: int = 1
     report_progress: Callable[[float, str], None] = lambda fraction, message: None
+    rules: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What `count_rule` was told: rule -> (done, of)."""
     logger: logging.Logger = field(default_factory=lambda: logging.getLogger("pipeline.pass"))
 
     def facet(self, name: str) -> Any:
@@ -140,6 +142,19 @@ class PassContext:
     def progress(self, fraction: float, message: str = "") -> None:
         """Say how far the pass is, from 0 to 1."""
         self.report_progress(fraction, message)
+
+    def count_rule(self, name: str, done: int, of: int) -> None:
+        """Tell how often a rule of the pass did something, out of how many candidates.
+
+        Told again for the same rule, `done` adds up and `of` stays the largest. The report shows it beside what was
+        found by comparing the artifacts, and says so where the two contradict each other.
+
+        Raises: PipelineError where `done` is not between 0 and `of`.
+        """
+        if not 0 <= done <= of:
+            raise PipelineError(f"the rule {name!r} was counted as done {done} times out of {of}")
+        earlier_done, earlier_of = self.rules.get(name, (0, 0))
+        self.rules[name] = (int(earlier_done + done), int(max(earlier_of, of, earlier_done + done)))
 
 
 @dataclass(frozen=True)

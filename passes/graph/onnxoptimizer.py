@@ -129,9 +129,7 @@ class OnnxOptimizer(Pass):
             if rule in NEEDS_VALUES and original.aside:
                 context.logger.info("%s: %s", rule, NEEDS_VALUES[rule])
         context.progress(0.2, f"{len(rules)} rules")
-        made = ir.from_proto(
-            _applied(ir.to_proto(model), [*rules, CLEAN_UP], rounds=ROUNDS if params.fixed_point else 1)
-        )
+        made = ir.from_proto(_applied(ir.to_proto(model), rules, context, rounds=ROUNDS if params.fixed_point else 1))
         put_back(made, original, context, tool="onnxoptimizer")
         keep_used_opsets(made)
         after = Counter(node.op_type for node in made.graph.all_nodes())
@@ -139,24 +137,62 @@ class OnnxOptimizer(Pass):
         return save_onnx(made, context.output, like=artifact, execution=execution_of_graph(artifact))
 
 
-def _applied(proto: onnx.ModelProto, rules: list[str], *, rounds: int) -> onnx.ModelProto:
-    """The graph after the rules, run again up to `rounds` times in all, as long as they change something.
+def _applied(proto: onnx.ModelProto, rules: list[str], context: PassContext, *, rounds: int) -> onnx.ModelProto:
+    """The graph after the rules, one by one, and again up to `rounds` times in all, as long as they change something.
 
-    The library's own fixed point repeats single rules, not the list: what a later rule opens to an earlier one stays.
+    How many nodes each rule changed is found by comparing the graph before and after it, and counted. The library's own
+    fixed point repeats single rules, not the list: what a later rule opens to an earlier one stays.
 
     Raises: PipelineError where the library refuses the graph.
     """
+    for _ in range(rounds):
+        began = proto
+        for rule in [*rules, CLEAN_UP]:
+            done = _optimized(proto, rule, repeated=rounds > 1)
+            changed = changed_nodes(proto.graph, done.graph)
+            if rule in rules or changed:
+                context.count_rule(rule, changed, len(proto.graph.node))
+            proto = done
+        if proto.graph.node == began.graph.node:
+            break
+    return proto
+
+
+def _optimized(proto: onnx.ModelProto, rule: str, *, repeated: bool) -> onnx.ModelProto:
     import onnxoptimizer
 
-    for _ in range(rounds):
-        try:
-            done = onnxoptimizer.optimize(proto, rules, rounds > 1)
-        except RuntimeError as error:  # what the library raises for graphs that it cannot hold
-            raise PipelineError(f"onnxoptimizer cannot take this graph: {_first_line(error)}") from error
-        if done.graph.node == proto.graph.node:
-            return done
-        proto = done
-    return proto
+    try:
+        done: onnx.ModelProto = onnxoptimizer.optimize(proto, [rule], repeated)
+    except RuntimeError as error:  # what the library raises for graphs that it cannot hold
+        raise PipelineError(f"onnxoptimizer cannot take this graph: {_first_line(error)}") from error
+    return done
+
+
+def changed_nodes(before: onnx.GraphProto, after: onnx.GraphProto) -> int:
+    """Nodes that a rule removed, replaced or changed; where there are none, those that take other values than before.
+
+    Names of nodes play no part. Consumers of a removed node take another value, but nothing was done to them.
+    """
+    gone = _signatures(before, wiring=False) - _signatures(after, wiring=False)
+    return gone.total() or (_signatures(before, wiring=True) - _signatures(after, wiring=True)).total()
+
+
+def _signatures(graph: onnx.GraphProto, *, wiring: bool) -> Counter[bytes]:
+    """Nodes by operator and attributes, and with `wiring` by the names of the values that they take and give."""
+    found: Counter[bytes] = Counter()
+    for node in graph.node:
+        signature = type(node)()
+        signature.CopyFrom(node)
+        signature.ClearField("name")
+        signature.ClearField("doc_string")
+        signature.ClearField("metadata_props")
+        if not wiring:
+            del signature.input[:], signature.output[:]
+        attributes = sorted(signature.attribute, key=lambda attribute: attribute.name)
+        del signature.attribute[:]
+        signature.attribute.extend(attributes)
+        found[signature.SerializeToString(deterministic=True)] += 1
+    return found
 
 
 def check_rules(rules: list[str], known: tuple[str, ...] | list[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.artifact import Artifact, Frozen, Manifest
 
 REQUEST = "request.json"
@@ -36,6 +38,7 @@ class Answer(Frozen):
 
     manifest: Manifest | None = None
     failure: Failure | None = None
+    rules: dict[str, tuple[int, int]] = Field(default_factory=dict)
 
 
 def describe(artifact: object) -> str:

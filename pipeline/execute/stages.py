@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.artifact import Frozen, Lineage, Manifest
 from pipeline.errors import StageError
@@ -61,6 +61,8 @@ class StageResult(Frozen):
     reason: str | None = None
     artifact: str | None = None
     cost: Cost = Cost()
+    rules: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """What the pass told of its rules, when it ran: rule -> (done, of)."""
     log: str | None = None
     host_lacks: bool = False
     """It failed for want of room on this host's disk, and not through the pass."""
@@ -169,7 +171,7 @@ def _stage(
         if record:
             if record.key != stage.key:
                 cost = Cost(**record.model_dump(include=set(Cost.model_fields)))
-                _index(plan, stage, record.artifact, inputs=contents, cost=cost, store=store)
+                _index(plan, stage, record.artifact, inputs=contents, cost=cost, store=store, rules=record.rules)
                 _copy_log(store, record.key, stage.key)
             return _cached(stage, record, store)
         if not force and (lacking := too_little_room(store, stage.writes_bytes)):
@@ -185,8 +187,9 @@ def _stage(
                 artifact = store.publish(staging, manifest)
             except StageError as error:
                 return StageResult(name=stage.name, status="failed", reason=str(error), cost=cost, log=str(log))
-        _index(plan, stage, artifact.digest, inputs=contents, cost=cost, store=store)
-    return StageResult(name=stage.name, status="ran", artifact=artifact.digest, cost=cost, log=str(log))
+        rules = ended.answer.rules
+        _index(plan, stage, artifact.digest, inputs=contents, cost=cost, store=store, rules=rules)
+    return StageResult(name=stage.name, status="ran", artifact=artifact.digest, cost=cost, rules=rules, log=str(log))
 
 
 def _work(
@@ -313,6 +316,7 @@ def _cached(stage: PlannedStage, record: StageRecord, store: Store) -> StageResu
         status="cached",
         artifact=record.artifact,
         cost=Cost(**record.model_dump(include=set(Cost.model_fields))),
+        rules=record.rules,
         log=str(log) if log.exists() else None,
     )
 
@@ -325,6 +329,7 @@ def _index(
     inputs: str,
     cost: Cost,
     store: Store,
+    rules: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     record = StageRecord(
         key=stage.key,
@@ -334,6 +339,7 @@ def _index(
         pass_name=stage.pass_name,
         ingredients=stage.ingredients,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        rules=dict(rules or {}),
         **cost.model_dump(),
     )
     store.put_record(record, own=stage.own, inputs=inputs)

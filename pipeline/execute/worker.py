@@ -64,7 +64,7 @@ def _run(folder: Path, report: object) -> Answer:
         expected = found.formats(params)[1]
         if not isinstance(made, Artifact) or made.format != expected:
             raise PipelineError(f"the pass {found.name!r} returned {describe(made)} where it promises {expected!r}")
-        return Answer(manifest=made.manifest)
+        return Answer(manifest=made.manifest, rules=context.rules)
     except PipelineError as error:
         _log(folder)
         return Answer(failure=Failure(message=error.message, hint=error.hint))

@@ -12,7 +12,8 @@ from pipeline.artifact import Artifact
 from pipeline.evaluate import Measured
 from pipeline.execute import StageResult
 from pipeline.hardware.probe import cached_probe, probe_folder
-from pipeline.measure.effect import Effect as FoundEffect
+from pipeline.measure.effect import Effect, with_rules
+from pipeline.measure.layers import LayerDivergence
 from pipeline.measure.quality import Judgement, StageQuality
 from pipeline.measure.samples import LoadTimes, SpeedMeasurement
 from pipeline.measure.statistics import NoiseFloor as MeasuredFloor
@@ -24,7 +25,7 @@ from pipeline.report.gates import Condition, evaluate_gate
 from pipeline.report.schema import (
     ArtifactFacts,
     Cost,
-    Effect,
+    Divergence,
     Load,
     Lock,
     ModelFacts,
@@ -91,6 +92,7 @@ def build_report(
                 effect=measured.effects.get(planned.name),
                 quality=measured.quality.get(planned.name),
                 judgement=measured.judgements.get(planned.name),
+                divergence=measured.divergences.get(planned.name),
                 speed=speed,
                 points=figures.get(planned.name, ()),
                 failure=measured.failures.get(planned.name),
@@ -166,9 +168,10 @@ def _stage(
     result: StageResult,
     artifact: Artifact | None,
     *,
-    effect: FoundEffect | None,
+    effect: Effect | None,
     quality: StageQuality | None,
     judgement: Judgement | None,
+    divergence: LayerDivergence | None,
     speed: SpeedMeasurement | None,
     points: tuple[SpeedPoint, ...],
     failure: str | None,
@@ -191,11 +194,11 @@ def _stage(
             "artifact": _facts(artifact, held) if artifact else None,
             "cost": Cost(**result.cost.model_dump()),
             "predicted_memory": planned.predicted,
-            "effect": Effect(**effect.model_dump()) if effect else None,
+            "effect": with_rules(effect, result.rules) if effect else None,
             "load": load,
             "inference_peak_memory_bytes": speed.inference_peak_memory_bytes.get(planned.name) if speed else None,
             "speed": tuple(_speed(p) for p in points) if measured else None,
-            "quality": _quality(quality, judgement) if quality else None,
+            "quality": _quality(quality, judgement, divergence) if quality else None,
         }
     )
 
@@ -242,7 +245,7 @@ def _schedule(speed: SpeedMeasurement | None) -> Schedule | None:
     )
 
 
-def _quality(quality: StageQuality, judgement: Judgement | None) -> QualityFacts:
+def _quality(quality: StageQuality, judgement: Judgement | None, divergence: LayerDivergence | None) -> QualityFacts:
     figures = None
     if quality.vs_baseline is not None and judgement is not None:
         figures = {**quality.vs_baseline.model_dump(exclude={"identical"}), **judgement.model_dump()}
@@ -253,6 +256,7 @@ def _quality(quality: StageQuality, judgement: Judgement | None) -> QualityFacts
         sample_prompt=quality.sample_prompt,
         sample_text=quality.sample_text,
         vs_baseline=QualityRatio.model_validate(figures) if figures else None,
+        divergence=Divergence.model_validate(divergence.model_dump()) if divergence else None,
     )
 
 

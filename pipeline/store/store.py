@@ -54,6 +54,9 @@ class StageRecord(Frozen):
     wall_s: float | None = None
     peak_memory_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    rules: dict[str, tuple[int, int]] = Field(
+        default_factory=dict, description="what the pass told of its rules: done, of"
+    )
 
 
 class Store:

@@ -1,0 +1,142 @@
+"""The fingerprint of a graph: what it computes, without regard to names.
+
+It is built from the inputs up: the hash of a value is that of its node's operator, attributes and input values. The
+hash of the graph is over the multiset of its nodes' hashes and its outputs in order. Weights enter either as data type
+and shape (the structure) or with their contents, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+Place = tuple[str, int, int]
+"""(digest of a file, offset, length): equal places hold equal bytes."""
+
+
+def graph_fingerprint(model: ir.Model, *, contents: bool = True, known: Collection[Place] = ()) -> str:
+    """SHA-256 of a graph without regard to names.
+
+    With `contents` False, weights that lie outside the graph count by data type and shape only. Those in `known`
+    places count by their place, and are not read. Operator sets that no node uses do not count.
+    """
+    hashed = GraphHash(contents=contents, known=known)
+    functions = sorted((*map(str, key), hashed.graph(function.graph, {})) for key, function in model.functions.items())
+    used = {node.domain for graph in model.graphs() for node in graph}
+    used |= {node.domain for function in model.functions.values() for node in function}
+    opsets = sorted((str(domain), version) for domain, version in model.opset_imports.items() if domain in used)
+    return hash_of(hashed.graph(model.graph, {}), functions, opsets).hex()
+
+
+class GraphHash:
+    """Hashes of nodes and graphs; see `graph_fingerprint`."""
+
+    def __init__(self, *, contents: bool, known: Collection[Place] = ()) -> None:
+        self._contents = contents
+        self._known = known
+
+    def graph(self, graph: ir.Graph, outer: dict[ir.Value, bytes]) -> bytes:
+        """Hash of a graph; `outer` are the hashes of the values that a subgraph can see."""
+        values = dict(outer)
+        nodes = self.nodes(graph, values)
+        return hash_of("graph", sorted(nodes.values()), [values.get(value, b"unknown") for value in graph.outputs])
+
+    def nodes(self, graph: ir.Graph, values: dict[ir.Value, bytes]) -> dict[ir.Node, bytes]:
+        """Hash of each node with all that it is computed from, in order; those of values are added to `values`."""
+        for place, value in enumerate(graph.inputs):
+            shape = value.shape
+            sizes = None if shape is None else [size if isinstance(size, int) else "any" for size in shape]
+            values[value] = hash_of("input", place, str(value.dtype), sizes)
+        for value in graph.initializers.values():
+            if value not in values:
+                values[value] = self.initializer(value)
+        nodes = {}
+        for node in in_order(graph):
+            own = hash_of(
+                "node",
+                *self.operator(node, values),
+                [values.get(value, b"unknown") if value is not None else b"" for value in node.inputs],
+            )
+            nodes[node] = own
+            for place, value in enumerate(node.outputs):
+                values[value] = hash_of("output", own, place)
+        return nodes
+
+    def alone(self, node: ir.Node) -> bytes:
+        """Hash of a node with its weights, but not with what else it takes."""
+        inputs = [
+            b"" if value is None else self.initializer(value) if value.is_initializer() else b"value"
+            for value in node.inputs
+        ]
+        return hash_of("alone", *self.operator(node, {}), inputs, len(node.outputs))
+
+    def operator(self, node: ir.Node, values: dict[ir.Value, bytes]) -> tuple[Any, ...]:
+        """Domain, type and attributes; an attribute may be a graph that sees `values`."""
+        attributes = sorted((name, self._attribute(attribute, values)) for name, attribute in node.attributes.items())
+        return node.domain, node.op_type, attributes
+
+    def initializer(self, value: ir.Value) -> bytes:
+        """By contents, by place, or by data type and shape alone."""
+        from pipeline.stored_tensor import StoredTensor
+
+        tensor = value.const_value
+        if tensor is None:
+            return hash_of("initializer without a value")
+        kind = ("initializer", tensor.dtype.name, [str(size) for size in tensor.shape])
+        if not isinstance(tensor, StoredTensor):
+            return hash_of(*kind, hashlib.sha256(tensor.tobytes()).digest())
+        place = (tensor.entry.digest, tensor.ref.offset, tensor.ref.length) if tensor.entry else None
+        if place in self._known:
+            return hash_of(*kind, place)
+        if not self._contents:
+            return hash_of(*kind)
+        return hash_of(*kind, hashlib.sha256(bytes_of(tensor.numpy()).data).digest())
+
+    def _attribute(self, attribute: ir.Attr, values: dict[ir.Value, bytes]) -> Any:
+        import onnx_ir as ir
+
+        kind = attribute.type
+        if kind == ir.AttributeType.GRAPH:
+            return self.graph(attribute.as_graph(), values)
+        if kind == ir.AttributeType.GRAPHS:
+            return [self.graph(graph, values) for graph in attribute.as_graphs()]
+        if kind == ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            return tensor.dtype.name, [str(size) for size in tensor.shape], tensor.tobytes()
+        return kind.name, repr(attribute.value)
+
+
+def hash_of(*parts: Any) -> bytes:
+    """SHA-256 of values that print alike in every process."""
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def in_order(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Nodes after those whose values they take. ONNX asks for this order; a graph in memory need not have it."""
+    known = {value for node in graph for value in node.outputs}
+    done: set[ir.Value] = set()
+    waiting = list(graph)
+    while waiting:
+        late = []
+        for node in waiting:
+            if all(value is None or value not in known or value in done for value in node.inputs):
+                done.update(node.outputs)
+                yield node
+            else:
+                late.append(node)
+        if len(late) == len(waiting):  # a circle: no valid graph, but still one that can be compared
+            yield from late
+            return
+        waiting = late
+
+
+def bytes_of(array: np.ndarray) -> np.ndarray:
+    """The array as bytes, one after another."""
+    import numpy as np
+
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

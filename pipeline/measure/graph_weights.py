@@ -1,0 +1,148 @@
+"""The weights of graphs: how many are quantized, what data types they have, how many numbers they hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+QUANTIZED_PRODUCTS = frozenset(
+    {
+        ("com.microsoft", "MatMulNBits"),
+        ("com.microsoft", "DynamicQuantizeMatMul"),
+        ("com.microsoft", "MatMulIntegerToFloat"),
+        ("com.microsoft", "MatMulBnb4"),
+        ("com.microsoft", "QMoE"),
+        ("", "MatMulInteger"),
+        ("", "QLinearMatMul"),
+    }
+)
+"""Operators that multiply by quantized weights."""
+
+PRODUCTS = frozenset({("", "MatMul"), ("", "Gemm")})
+PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
+"""Between a constant weight and the product that takes it."""
+
+
+def newly_quantized(before: Collection[ir.Model], after: Collection[ir.Model]) -> tuple[int, int] | None:
+    """(products quantized in `after` beyond those of `before`, products by constant weights in `before`)."""
+    done = _count_where(after, _is_quantized) - _count_where(before, _is_quantized)
+    return (done, _count_where(before, _has_constant_weight)) if done > 0 else None
+
+
+def _count_where(models: Collection[ir.Model], test: Callable[[ir.Node], bool]) -> int:
+    return sum(1 for model in models for node in nodes_in(model) if test(node))
+
+
+def _is_quantized(node: ir.Node) -> bool:
+    """Whether it multiplies by quantized weights: by itself, or after a DequantizeLinear of constants."""
+    if (node.domain, node.op_type) in QUANTIZED_PRODUCTS:
+        return True
+    if (node.domain, node.op_type) not in PRODUCTS:
+        return False
+    return any(_is_stored_quantized(value) for value in node.inputs[:2] if value is not None)
+
+
+def _is_stored_quantized(value: ir.Value) -> bool:
+    """Whether it is a constant weight that a DequantizeLinear restores; a quantized activation is none."""
+    node = _origin(value).producer()
+    if node is None or (node.domain, node.op_type) != ("", "DequantizeLinear") or node.inputs[0] is None:
+        return False
+    return _is_constant_matrix(node.inputs[0])
+
+
+def _has_constant_weight(node: ir.Node) -> bool:
+    if (node.domain, node.op_type) not in PRODUCTS:
+        return False
+    return any(_is_constant_matrix(value) for value in node.inputs[:2] if value is not None)
+
+
+def _is_constant_matrix(value: ir.Value) -> bool:
+    """Whether it is an initializer of at least two dimensions, seen through casts …"""
+    origin = _origin(value)
+    tensor = origin.const_value
+    return origin.producer() is None and tensor is not None and len(tensor.shape) >= 2
+
+
+def _origin(value: ir.Value) -> ir.Value:
+    """What `value` is made of, seen through casts, transpositions …"""
+    node = value.producer()
+    while node is not None and node.op_type in PASSED_THROUGH and node.inputs and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+WEIGHT_BYTES = 1024
+"""Initializers up to this size are shapes, axes and scalars as much as weights; they are not counted by data type."""
+
+SCALES_FROM = {
+    ("com.microsoft", "MatMulNBits"): (2, 5),
+    ("com.microsoft", "MatMulBnb4"): (2, 3),
+    ("com.microsoft", "DynamicQuantizeMatMul"): (2, 4),
+    ("com.microsoft", "MatMulIntegerToFloat"): (2, 6),
+    ("com.microsoft", "GatherBlockQuantized"): (2, 4),
+    ("", "DequantizeLinear"): (1, 3),
+    ("", "QLinearMatMul"): (1, 3),
+}
+"""Inputs [from, to) that say what stored numbers stand for: scales, zero points, orders. They are no parameters."""
+
+PACKED = {("com.microsoft", "MatMulNBits"), ("com.microsoft", "MatMulBnb4")}
+"""Operators whose weights, input 1, are K x N numbers in fewer bytes."""
+
+
+def data_types(models: Collection[ir.Model]) -> Counter[str]:
+    """Weights by data type; those of up to 1 KB are left out."""
+    return Counter(
+        tensor.dtype.name.lower()
+        for model in models
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if (tensor := value.const_value) is not None and tensor.nbytes > WEIGHT_BYTES
+    )
+
+
+def parameters(models: Collection[ir.Model]) -> int:
+    """Numbers in the weights that nodes read, however they are packed; shared weights count once."""
+    sizes: dict[object, int] = {}
+    no_parameters = set()
+    for model in models:
+        for node in nodes_in(model):
+            kind = (node.domain, node.op_type)
+            begin, end = SCALES_FROM.get(kind, (0, 0))
+            for at, value in enumerate(node.inputs):
+                tensor = value.const_value if value is not None and value.is_initializer() else None
+                if tensor is None or not _holds_numbers(tensor):
+                    continue
+                identity = _identity(tensor)
+                if begin <= at < end:
+                    no_parameters.add(identity)
+                elif kind in PACKED and at == 1:
+                    sizes[identity] = node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
+                else:
+                    sizes.setdefault(identity, prod(tensor.shape.numpy()))
+    return sum(size for identity, size in sizes.items() if identity not in no_parameters)
+
+
+def _holds_numbers(tensor: ir.TensorProtocol) -> bool:
+    """Whether they may be weights: of one dimension at least, and no int64, which shapes and positions have."""
+    return len(tensor.shape) > 0 and tensor.dtype.name not in {"INT64", "INT32", "BOOL", "STRING"}
+
+
+def _identity(tensor: ir.TensorProtocol) -> object:
+    """Equal for tensors whose bytes lie in one place."""
+    from pipeline.stored_tensor import StoredTensor
+
+    if isinstance(tensor, StoredTensor) and tensor.entry is not None:
+        return tensor.entry.digest, tensor.ref.offset, tensor.ref.length
+    return id(tensor)
+
+
+def nodes_in(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node, those of subgraphs among them."""
+    for graph in model.graphs():
+        yield from graph

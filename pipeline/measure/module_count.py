@@ -1,0 +1,44 @@
+"""The process that counts a checkpoint's modules: `python -P -m pipeline.measure.module_count`.
+
+It reads {manifest, blobs} from standard input and writes {class: modules} to standard output. The model is built on
+torch's meta device: it has shapes and no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from pipeline.artifact import Artifact, Manifest
+from pipeline.parent import die_with_parent
+
+
+def main() -> int:
+    die_with_parent()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
+        os.dup2(2, 1)  # what libraries print goes to standard error
+        request = json.load(sys.stdin)
+        modules = modules_of(Artifact(Manifest.model_validate(request["manifest"]), Path(request["blobs"])))
+        answer.write(json.dumps(modules))
+    return 0
+
+
+def modules_of(artifact: Artifact) -> Counter[str]:
+    """Modules by class. Raises: what transformers raises for a configuration that it does not know."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pipeline.runtime.torch import checkpoint_folder, trusts_code
+
+    trusted = trusts_code(artifact)
+    with checkpoint_folder(artifact) as folder, torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    return Counter(type(module).__name__ for module in model.modules())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

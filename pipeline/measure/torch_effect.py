@@ -1,0 +1,86 @@
+"""What changed between two checkpoints, by tensors, configuration and module transforms; no weights are loaded.
+
+Modules are counted in a process of its own, which builds the model without weights: torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from math import prod
+
+from pipeline.artifact import Artifact, TensorRef, canonical_json
+from pipeline.measure.fingerprint import Place, bytes_of
+from pipeline.parent import worker_environment
+
+MODULES_S = 120.0
+"""How long counting modules may take."""
+
+
+def changed_tensors(before: Artifact, after: Artifact) -> tuple[int, int]:
+    """(tensors of `after` that `before` does not have with that name and these bytes, all)."""
+    names, old = _names(after), _names(before)
+    changed = sum(1 for part, name in names if (part, name) not in old or not _same_tensor(before, after, part, name))
+    return changed, len(names)
+
+
+def same_tensor_names(before: Artifact, after: Artifact) -> bool:
+    return _names(before) == _names(after)
+
+
+def same_configuration(before: Artifact, after: Artifact) -> bool:
+    return canonical_json(before.read_json("config.json")) == canonical_json(after.read_json("config.json"))
+
+
+def tensor_data_types(artifact: Artifact) -> Counter[str]:
+    """Tensors by data type."""
+    return Counter(ref.dtype for part in artifact.manifest.components.values() for ref in part.tensors.values())
+
+
+def tensor_parameters(artifact: Artifact) -> int:
+    """Numbers in the tensors; those that share their bytes count once."""
+    spans = {
+        place_of(artifact, name, ref): prod(ref.shape)
+        for name, part in artifact.manifest.components.items()
+        for ref in part.tensors.values()
+    }
+    return sum(spans.values())
+
+
+def count_modules(artifact: Artifact) -> Counter[str]:
+    """Modules by class, of the model that its configuration describes; empty where transformers cannot build it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pipeline.measure.module_count"],
+            input=json.dumps({"manifest": artifact.manifest.model_dump(mode="json"), "blobs": str(artifact.blobs)}),
+            capture_output=True,
+            text=True,
+            env=worker_environment(1),
+            timeout=MODULES_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Counter()
+    return Counter(json.loads(done.stdout)) if done.returncode == 0 else Counter()
+
+
+def place_of(artifact: Artifact, component: str, ref: TensorRef) -> Place:
+    return artifact.manifest.components[component].files[ref.file].digest, ref.offset, ref.length
+
+
+def _names(artifact: Artifact) -> set[tuple[str, str]]:
+    return {(part, name) for part, component in artifact.manifest.components.items() for name in component.tensors}
+
+
+def _same_tensor(before: Artifact, after: Artifact, component: str, name: str) -> bool:
+    """Whether both hold the same values; the bytes are read only where they lie in different places."""
+    import numpy as np
+
+    old, new = (a.manifest.components[component].tensors[name] for a in (before, after))
+    if (old.dtype, old.shape) != (new.dtype, new.shape):
+        return False
+    if place_of(before, component, old) == place_of(after, component, new):
+        return True
+    return np.array_equal(bytes_of(before.tensor(name, component)), bytes_of(after.tensor(name, component)))
