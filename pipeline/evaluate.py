@@ -342,9 +342,10 @@ class Evaluation:
         found: dict[str, dict[Point, Work]] = {}
         problems: list[str] = []
         for stage in stages:
+            digest = stage.artifact.digest
             for point in self._workload().points():
                 extent = extent_of(point)
-                key = digest_of({"work": WORK_VERSION, "of": stage.artifact.digest, "extent": extent, "device": device})
+                key = digest_of({"work": WORK_VERSION, "of": digest, "extent": extent, "device": device})
                 work = _remembered(Work, self.store, key)
                 if work is None:
                     try:

@@ -86,15 +86,17 @@ class ProbeResult(BaseModel):
     threads: int
     torch: str
     """The version of torch whose kernels were timed."""
+    onnxruntime: str | None = None
+    """That of ONNX Runtime, where it is installed: its kernels were timed, too."""
     load_average_1m: float | None
     """Before the measurement began."""
     bandwidth_gb_per_s: Figure
     """Reading memory beyond the caches with all threads; GB = 1e9 bytes."""
     buffer_bytes: int
     gemm_gflops: Mapping[str, Figure | None]
-    """Square matrix products by data type, 2 n^3 operations each; None where torch has no fast kernel here."""
+    """Square matrix products by data type, 2 n^3 operations each; None where there is no fast kernel here."""
     gemm_kernels: Mapping[str, str]
-    """Which operator of torch, at which size, gave each rate."""
+    """Which operator of torch or ONNX Runtime, at which size, gave each rate."""
 
     @property
     def was_busy(self) -> bool:
@@ -110,40 +112,54 @@ def probe_folder(store: Path) -> Path:
     return store / "probe"
 
 
-def cached_probe(host: Host, folder: Path) -> ProbeResult | None:
-    """The result that is kept in `folder` for this host; None where there is none that can be read."""
+def cached_probe(host: Host, folder: Path, *, threads: int | None = None) -> ProbeResult | None:
+    """The result that is kept in `folder` for this host; None where there is none that can be read.
+
+    `threads`: how many it was to be measured with (default: one for each physical core).
+    """
+    threads = threads or host.physical_cores
     try:
-        result = ProbeResult.model_validate_json(_result_path(host, folder).read_bytes())
+        result = ProbeResult.model_validate_json(_result_path(host, folder, threads).read_bytes())
     except (OSError, ValidationError):
         return None  # absent, damaged or of another schema: to be measured again
     return result if result.host == host.facets() else None
 
 
 def probe(
-    host: Host, folder: Path, *, again: bool = False, measure: Callable[[], ProbeResult] | None = None
+    host: Host,
+    folder: Path,
+    *,
+    threads: int | None = None,
+    again: bool = False,
+    measure: Callable[[], ProbeResult] | None = None,
 ) -> ProbeResult:
-    """Measure this host, or return the result kept in `folder`. A measurement takes about 6 s and all cores.
+    """Measure this host, or return the result kept in `folder`. A measurement takes about 6 s.
 
-    `again` measures even though there is a result. `measure` is what measures (default: `measure_in_worker`).
+    `threads`: with so many (default: one for each physical core); each number has a result of its own. `again` measures
+    even though there is a result. `measure` is what measures (default: `measure_in_worker`).
     Raises HostError where the measurement fails.
     """
-    kept = None if again else cached_probe(host, folder)
+    threads = threads or host.physical_cores
+    kept = None if again else cached_probe(host, folder, threads=threads)
     if kept is not None:
         return kept
-    result = (measure or measure_in_worker)().model_copy(update={"host": host.facets()})
-    write_atomically(_result_path(host, folder), result.model_dump_json(indent=2).encode() + b"\n")
+    found = measure() if measure is not None else measure_in_worker(threads=threads)
+    result = found.model_copy(update={"host": host.facets()})
+    write_atomically(_result_path(host, folder, threads), result.model_dump_json(indent=2).encode() + b"\n")
     return result
 
 
-def _result_path(host: Host, folder: Path) -> Path:
+def _result_path(host: Host, folder: Path, threads: int) -> Path:
     facets = json.dumps(host.facets(), sort_keys=True, separators=(",", ":"))
-    return folder / f"{hashlib.sha256(facets.encode()).hexdigest()[:16]}.json"
+    name = hashlib.sha256(facets.encode()).hexdigest()[:16]
+    return folder / (f"{name}.json" if threads == host.physical_cores else f"{name}-{threads}-threads.json")
 
 
-def measure_in_worker(*, seconds: float = _MEASURING_S) -> ProbeResult:
+def measure_in_worker(*, seconds: float = _MEASURING_S, threads: int | None = None) -> ProbeResult:
     """Run `measure` in a fresh Python process and return what it found. Raises HostError where that fails."""
     # -P: a file in the current folder that is named like one of our modules, or like torch, must not be imported.
     command = [sys.executable, "-P", "-m", "pipeline.hardware.probe", "--measure", "--seconds", str(seconds)]
+    command += ["--threads", str(threads)] if threads is not None else []
     try:
         done = subprocess.run(
             command, env=_worker_environment(), capture_output=True, text=True, timeout=_WORKER_TIMEOUT_S, check=False
@@ -240,13 +256,19 @@ class ReadBandwidth:
             pass
 
 
-def quick_bandwidth(seconds: float = 0.2, *, host: Host | None = None, clock: Clock = time.perf_counter) -> Figure:
+def quick_bandwidth(
+    seconds: float = 0.2,
+    *,
+    host: Host | None = None,
+    threads: int | None = None,
+    clock: Clock = time.perf_counter,
+) -> Figure:
     """Read bandwidth of this host now, in GB/s: a companion to a measurement, to tell a slow model from a slow hour.
 
     Filling the buffer takes some time more than `seconds`; who calls it often keeps a `ReadBandwidth` instead.
     """
     host = host or describe_host()
-    with ReadBandwidth(threads=host.physical_cores, buffer_bytes=_buffer_bytes(host)) as bandwidth:
+    with ReadBandwidth(threads=threads or host.physical_cores, buffer_bytes=_buffer_bytes(host)) as bandwidth:
         return Figure.best_of(bandwidth.measure(seconds=seconds, clock=clock))
 
 
@@ -259,22 +281,28 @@ def _buffer_bytes(host: Host) -> int:
 # --- matrix products -------------------------------------------------------------------------------------------------
 
 
-def measure(*, seconds: float = _MEASURING_S, clock: Clock = time.perf_counter) -> ProbeResult:
-    """Measure this host in this process. Imports torch and sets its number of threads: call it in a worker."""
+def measure(
+    *, seconds: float = _MEASURING_S, threads: int | None = None, clock: Clock = time.perf_counter
+) -> ProbeResult:
+    """Measure this host in this process, with `threads` (default: one for each physical core).
+
+    Imports torch and sets its number of threads: call it in a worker.
+    """
     host = describe_host()
-    with ReadBandwidth(threads=host.physical_cores, buffer_bytes=_buffer_bytes(host)) as bandwidth:
+    threads = threads or host.physical_cores
+    with ReadBandwidth(threads=threads, buffer_bytes=_buffer_bytes(host)) as bandwidth:
         rates = bandwidth.measure(seconds=seconds / 4, clock=clock)
         buffer_bytes = bandwidth.buffer_bytes
 
     import torch
 
-    torch.set_num_threads(host.physical_cores)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     gemm: dict[str, Figure | None] = {}
     kernels: dict[str, str] = {}
     float32_trial = 0.0
     for data_type in ("float32", "bfloat16", "float16", "int8"):
-        trials = _trials(data_type, clock)
+        trials = _trials(data_type, threads, clock)
         kernel = max(trials, key=lambda name: trials[name], default=None)
         if data_type == "float32":
             float32_trial = max(trials.values(), default=0.0)
@@ -283,7 +311,7 @@ def measure(*, seconds: float = _MEASURING_S, clock: Clock = time.perf_counter) 
         if kernel is None or trials[kernel] < float32_trial / 8:
             gemm[data_type] = None
             continue
-        size, figure = _gemm_figure(data_type, kernel, seconds=seconds / 5, clock=clock)
+        size, figure = _gemm_figure(data_type, kernel, threads, seconds=seconds / 5, clock=clock)
         float32 = gemm.get("float32")
         slow = float32 is not None and figure.value < float32.value / 2
         gemm[data_type] = None if slow else figure
@@ -292,8 +320,9 @@ def measure(*, seconds: float = _MEASURING_S, clock: Clock = time.perf_counter) 
     return ProbeResult(
         measured_at=datetime.now(UTC).replace(microsecond=0),
         host=host.facets(),
-        threads=host.physical_cores,
+        threads=threads,
         torch=str(torch.__version__),
+        onnxruntime=_onnxruntime_version(),
         load_average_1m=host.load_average[0] if host.load_average else None,
         bandwidth_gb_per_s=Figure.best_of(rates),
         buffer_bytes=buffer_bytes,
@@ -302,14 +331,14 @@ def measure(*, seconds: float = _MEASURING_S, clock: Clock = time.perf_counter) 
     )
 
 
-def _products(data_type: str, size: int) -> dict[str, Callable[[], object]]:
-    """The operators of torch that multiply two [size, size] matrices of this data type, by name."""
+def _products(data_type: str, size: int, threads: int) -> dict[str, Callable[[], object]]:
+    """The operators that multiply two [size, size] matrices of this data type, by name."""
     import torch
 
     if data_type != "int8":
         dtype: torch.dtype = getattr(torch, data_type)
         left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        return {"torch.mm": lambda: torch.mm(left, right)}
+        return {"torch.mm": lambda: torch.mm(left, right), **_onnxruntime_products(data_type, size, threads)}
 
     signed = torch.randint(-127, 128, (size, size), dtype=torch.int8)
     unsigned = torch.randint(0, 256, (size, size), dtype=torch.uint8)
@@ -329,13 +358,58 @@ def _products(data_type: str, size: int) -> dict[str, Callable[[], object]]:
     # It raises where torch was built without oneDNN, or this CPU is none of oneDNN's.
     with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
         products["onednn.qlinear_pointwise"] = packed()
-    return products
+    return products | _onnxruntime_products(data_type, size, threads)
 
 
-def _trials(data_type: str, clock: Clock) -> dict[str, float]:
+_ONNXRUNTIME_OPERATORS = {"float32": ("", "MatMul"), "int8": ("com.microsoft", "DynamicQuantizeMatMul")}
+
+
+def _onnxruntime_version() -> str | None:
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    return str(onnxruntime.__version__)
+
+
+def _onnxruntime_products(data_type: str, size: int, threads: int) -> dict[str, Callable[[], object]]:
+    """The operator of ONNX Runtime; none where it is not installed, or has no kernel of its own for this data type."""
+    if data_type not in _ONNXRUNTIME_OPERATORS:
+        return {}
+    try:
+        import onnxruntime
+        from onnx import TensorProto, helper, numpy_helper
+    except ImportError:
+        return {}
+    import numpy as np
+
+    domain, operator = _ONNXRUNTIME_OPERATORS[data_type]
+    random = np.random.default_rng(0)
+    left = random.standard_normal((size, size), dtype=np.float32)
+    weights: dict[str, npt.NDArray[Any]] = {"b": random.standard_normal((size, size), dtype=np.float32)}
+    if data_type == "int8":
+        scales = np.full(size, 0.01, np.float32)
+        weights = {"b": random.integers(-127, 128, (size, size), dtype=np.int8), "scales": scales}
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["a", *weights], ["y"], domain=domain)],
+        "product",
+        [helper.make_tensor_value_info("a", TensorProto.FLOAT, [size, size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [size, size])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # it must not slow what is timed after it
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return {f"onnxruntime {operator}": lambda: session.run(None, {"a": left})}
+
+
+def _trials(data_type: str, threads: int, clock: Clock) -> dict[str, float]:
     """A first rate in GFLOP/s of each operator that works here, from small matrices."""
     rates = {}
-    for name, multiply in _products(data_type, _TRIAL_SIZE).items():
+    for name, multiply in _products(data_type, _TRIAL_SIZE, threads).items():
         try:
             multiply()
             durations = repeat(multiply, seconds=0, clock=clock)
@@ -345,11 +419,11 @@ def _trials(data_type: str, clock: Clock) -> dict[str, float]:
     return rates
 
 
-def _gemm_figure(data_type: str, kernel: str, *, seconds: float, clock: Clock) -> tuple[int, Figure]:
+def _gemm_figure(data_type: str, kernel: str, threads: int, *, seconds: float, clock: Clock) -> tuple[int, Figure]:
     """(size, rate in GFLOP/s) of one operator, at the largest size of which several products fit into `seconds`."""
     size = 2 * _TRIAL_SIZE
     while True:
-        multiply = _products(data_type, size)[kernel]
+        multiply = _products(data_type, size, threads)[kernel]
         multiply()  # the first call picks and compiles the kernel
         (once_s,) = repeat(multiply, seconds=0, clock=clock, at_least=1)
         if size >= _LARGEST_SIZE or 8 * once_s > seconds / 4:
@@ -370,8 +444,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=_MEASURING_S, help="how long to measure (default: %(default)s)"
     )
+    parser.add_argument("--threads", type=int, help="with how many (default: one for each physical core)")
     options = parser.parse_args(arguments)
-    print(measure(seconds=options.seconds).model_dump_json())
+    print(measure(seconds=options.seconds, threads=options.threads).model_dump_json())
     return 0
 
 

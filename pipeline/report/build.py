@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,16 +11,20 @@ from typing import Any
 from pipeline.artifact import Artifact
 from pipeline.evaluate import Measured
 from pipeline.execute import StageResult
-from pipeline.hardware.probe import cached_probe, probe_folder
+from pipeline.hardware.probe import Figure, ProbeResult, cached_probe, probe_folder
 from pipeline.measure.effect import Effect, with_rules
 from pipeline.measure.layers import LayerDivergence
 from pipeline.measure.quality import Judgement, StageQuality
+from pipeline.measure.roofline import Ceilings, Subject, Timing, host_ceilings, rooflines, target_ceilings
 from pipeline.measure.samples import LoadTimes, SpeedMeasurement
 from pipeline.measure.statistics import NoiseFloor as MeasuredFloor
 from pipeline.measure.statistics import SpeedPoint, speed_figures
+from pipeline.measure.work_counts import Work
+from pipeline.measure.workload import Point
 from pipeline.plan import Plan, PlannedStage, digest_of
 from pipeline.recipe import Recipe
 from pipeline.recipe.schema import SOURCE
+from pipeline.report.break_even import break_even, deciding_point
 from pipeline.report.gates import Condition, evaluate_gate
 from pipeline.report.schema import (
     ArtifactFacts,
@@ -38,6 +42,9 @@ from pipeline.report.schema import (
     StageReport,
 )
 from pipeline.report.words import has_random_weights, is_broken
+
+BANDWIDTH_MOVED = 1.2
+"""The host's bandwidth before and after a measurement that differs by more than that is told."""
 
 PACKAGES = (
     "pipeline",
@@ -80,6 +87,7 @@ def build_report(
             looks_taken=speed.looks_taken,
         )
         figures, floors = found.stages, found.noise_floor
+    probed = cached_probe(plan.host, probe_folder(store), threads=plan.threads)
     held: set[str] = set()
     stages = []
     for planned in plan.stages:
@@ -114,15 +122,18 @@ def build_report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_s=wall_s,
         lock=_lock(recipe, artifacts, measured.text_digest),
-        host=_host(plan, store),
+        host=_host(plan, probed, measured.bandwidth),
         hardware=plan.hardware.model_dump(mode="json"),
         threads=plan.threads,
-        notes=(*plan.notes, *measured.notes),
+        notes=(*plan.notes, *measured.notes, *_notes_on_the_host(probed, measured)),
         baseline=recipe.evaluate.baseline,
         schedule=_schedule(speed),
         noise_floor=tuple(NoiseFloor(**{**f.model_dump(), "new_tokens": f.new_tokens or None}) for f in floors),
-        stages=tuple(stages),
+        stages=_with_rooflines(stages, plan, probed, measured),
     )
+    sources = {s.name: (*filter(None, (s.parent,)), *s.inputs.values()) for s in plan.stages}
+    earned = [s.model_copy(update={"break_even": break_even(s, draft, sources)}) for s in draft.stages]
+    draft = draft.model_copy(update={"stages": tuple(earned)})
     gates = tuple(
         evaluate_gate(Condition(g.text, g.stage, g.metric, g.selector, g.comparison, g.holds), draft)
         for g in recipe.parsed_gates
@@ -131,17 +142,18 @@ def build_report(
 
 
 def pareto(report: Report) -> tuple[str, ...]:
-    """Stages that no other beats in decode speed (first workload point) or quality and at least equals in both.
+    """Stages that no other beats in speed or quality and at least equals in both.
 
+    Speed is that of decode at its first workload point, or where nothing is decoded, of the first whole pass.
     Quality is perplexity; for random weights, whose perplexity means nothing, the divergence from the baseline. What is
     broken is never among them.
     """
     figures = {}
     for stage in report.stages:
-        decode = next((p for p in stage.speed or () if p.kind == "decode"), None)
+        speed = deciding_point(stage)
         loss = _loss(stage, report)
-        if decode and loss is not None:
-            figures[stage.name] = (decode.tokens_per_s.median, -loss)
+        if speed and loss is not None:
+            figures[stage.name] = (speed.tokens_per_s.median, -loss)
     return tuple(
         name
         for name, mine in figures.items()
@@ -197,6 +209,7 @@ def _stage(
             "effect": with_rules(effect, result.rules) if effect else None,
             "load": load,
             "inference_peak_memory_bytes": speed.inference_peak_memory_bytes.get(planned.name) if speed else None,
+            "device_peak_memory_bytes": speed.device_peak_memory_bytes.get(planned.name) if speed else None,
             "speed": tuple(_speed(p) for p in points) if measured else None,
             "quality": _quality(quality, judgement, divergence) if quality else None,
         }
@@ -260,11 +273,64 @@ def _quality(quality: StageQuality, judgement: Judgement | None, divergence: Lay
     )
 
 
-def _host(plan: Plan, store: Path) -> dict[str, Any]:
-    """The host as it was described, with the probe's figures where there are any."""
-    probed = cached_probe(plan.host, probe_folder(store))
+def _host(plan: Plan, probed: ProbeResult | None, bandwidth: Sequence[Figure]) -> dict[str, Any]:
+    """The host as it was described, with the probe's figures and the bandwidth beside the run where there are any."""
     described = plan.host.model_dump(mode="json")
-    return {**described, "probe": probed.model_dump(mode="json", exclude={"host"}) if probed else None}
+    around = dict(zip(("before", "after"), (f.model_dump(mode="json") for f in bandwidth), strict=False))
+    return {
+        **described,
+        "probe": probed.model_dump(mode="json", exclude={"host"}) if probed else None,
+        "bandwidth_gb_per_s": around or None,
+    }
+
+
+def _notes_on_the_host(probed: ProbeResult | None, measured: Measured) -> tuple[str, ...]:
+    """What makes its figures doubtful."""
+    notes = []
+    if len(measured.bandwidth) == 2:
+        before, after = (figure.value for figure in measured.bandwidth)
+        if max(before, after) > BANDWIDTH_MOVED * min(before, after):
+            notes.append(
+                f"this machine's memory was read at {before:.0f} GB/s before the speed measurement and at {after:.0f} "
+                "GB/s after it: compare stages of this run with each other, and not with another run's"
+            )
+    if probed is not None and probed.was_busy and measured.speed is not None:
+        notes.append(
+            f"what this machine can do was measured beside other work (load {probed.load_average_1m:.1f}), so MBU and "
+            "MFU may be too high"
+        )
+    return tuple(notes)
+
+
+def _with_rooflines(
+    stages: Sequence[StageReport], plan: Plan, probed: ProbeResult | None, measured: Measured
+) -> tuple[StageReport, ...]:
+    # the probe measures the processor: of another device, nothing is known but what its profile says
+    host = host_ceilings(probed, measured.bandwidth) if plan.hardware.device == "cpu" else Ceilings(None, {})
+    subjects = [
+        Subject(
+            name=stage.name,
+            format=stage.artifact.format,
+            timings=_timings(measured.work[stage.name], stage),
+            reasons=tuple(f"{n.count} {n.operator}: {n.reason}" for n in stage.effect.slow_nodes)
+            if stage.effect
+            else (),
+            fits=stage.predicted_memory.fits if stage.predicted_memory else None,
+        )
+        for stage in stages
+        if stage.artifact is not None and stage.name in measured.work
+    ]
+    found = rooflines(subjects, host=host, target=target_ceilings(plan.hardware, host))
+    return tuple(s.model_copy(update={"roofline": found.get(s.name)}) for s in stages)
+
+
+def _timings(work: Mapping[Point, Work], stage: StageReport) -> list[Timing]:
+    """The work at each workload point with the time that it took, where that was measured."""
+    seconds = {p.point: p.latency_s.median for p in stage.speed or ()}
+    return [
+        Timing(point, asked, seconds.get((point.kind, point.batch, point.prompt, point.new_tokens or None)))
+        for point, asked in work.items()
+    ]
 
 
 def installed_packages() -> dict[str, str]:

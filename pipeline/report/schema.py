@@ -214,9 +214,11 @@ class Target(Part):
 class Roofline(Part):
     """Bytes and operations counted from the artifact, against what the host can do. Computed, never measured."""
 
-    bytes_per_token: int | None = Field(None, description="read from memory for one decoded token of one sequence")
+    bytes_per_token: int | None = Field(
+        None, description="read from memory for one decoded token; sequences of a batch share the reading of the weights"
+    )
     flops_per_token: int | None = Field(None, description="of one decoded token; a multiply-add counts two")
-    prefill_flops_per_token: int | None = Field(None, description="of one token of a prompt")
+    prefill_flops_per_token: int | None = Field(None, description="of one token of a prompt, or of a whole pass")
     bandwidth_gb_per_s: float | None = Field(None, description="the host's, measured")
     gflops: float | None = Field(None, description="the host's in compute_dtype, measured")
     compute_dtype: str | None = Field(None, description="data type that most of the products compute in")
@@ -277,7 +279,9 @@ class QualityFacts(Part):
 class BreakEven(Part):
     """When the time that the optimization took is earned back, against running the baseline."""
 
-    cost_s: float = Field(description="making this stage and all that it was made from, when they were made")
+    cost_s: float = Field(
+        description="making this stage and all that it was made from, when they were made, beyond what the baseline needs"
+    )
     tokens: int | None = Field(None, description="decoded (or forward) tokens that earn it back; null: never")
     low: int | None = Field(None, description="with the end of the interval that is best for the stage")
     high: int | None = Field(None, description="with the other; null: never")
@@ -391,7 +395,7 @@ class Report(Part):
     stages: tuple[StageReport, ...]
     gates: tuple[GateResult, ...] = ()
     ablation: Ablation | None = None
-    pareto: tuple[str, ...] = Field((), description="stages that none beats in both decode speed and perplexity")
+    pareto: tuple[str, ...] = Field((), description="stages that none beats in both speed and quality")
     export: str | None = Field(None, description="the stage whose model is in the run's model folder")
 
     def stage(self, name: str) -> StageReport:

@@ -1,0 +1,58 @@
+"""After how many tokens the time that an optimization took is earned back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pipeline.report.schema import BreakEven, Report, Speed, StageReport
+
+
+def break_even(stage: StageReport, report: Report, sources: Mapping[str, Sequence[str]]) -> BreakEven | None:
+    """None where the stage is not faster than the baseline, or a cost or a speed is not known.
+
+    `sources` names the stages that each was made from. The cost is that of the stage and of all that it was made from,
+    but for what the baseline needs itself, each as it was when it was made. A token earns the difference between the
+    baseline's time and the stage's, by the paired ratio; its interval's ends give those of the tokens.
+    """
+    point = deciding_point(stage)
+    if point is None or point.vs_baseline is None or point.vs_baseline.verdict != "faster":
+        return None
+    theirs = next((p for p in report.stage(report.baseline).speed or () if p.point == point.point), None)
+    cost_s = cost_of(stage.name, report, sources)
+    if theirs is None or cost_s is None:
+        return None
+    ratio = point.vs_baseline
+    token_s = 1 / theirs.tokens_per_s.median
+
+    def tokens(speedup: float) -> int | None:
+        saved_s = token_s * (1 - 1 / speedup)
+        return math.ceil(cost_s / saved_s) if saved_s > 0 else None
+
+    return BreakEven(
+        cost_s=cost_s, tokens=tokens(ratio.ratio), low=tokens(ratio.high), high=tokens(ratio.low), kind=point.kind
+    )
+
+
+def deciding_point(stage: StageReport) -> Speed | None:
+    """The first decode point, or where nothing is decoded, the first whole pass."""
+    points = stage.speed or ()
+    return next((p for kind in ("decode", "forward") for p in points if p.kind == kind), None)
+
+
+def cost_of(name: str, report: Report, sources: Mapping[str, Sequence[str]]) -> float | None:
+    """Seconds of making a stage beyond what its baseline takes; None where one of them is not recorded."""
+    chain = _with_all_behind(name, sources) - _with_all_behind(report.baseline, sources)
+    costs = [stage.cost.wall_s for stage in report.stages if stage.name in chain]
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(chain) else None
+
+
+def _with_all_behind(name: str, sources: Mapping[str, Sequence[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        if (stage := waiting.pop()) not in found:
+            found.add(stage)
+            waiting += sources.get(stage, ())
+    return found
