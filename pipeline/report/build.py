@@ -41,6 +41,7 @@ from pipeline.report.schema import (
     Speed,
     StageReport,
 )
+from pipeline.report.verdicts import is_contradicted
 from pipeline.report.words import has_random_weights, is_broken
 
 BANDWIDTH_MOVED = 1.2
@@ -146,13 +147,13 @@ def pareto(report: Report) -> tuple[str, ...]:
 
     Speed is that of decode at its first workload point, or where nothing is decoded, of the first whole pass.
     Quality is perplexity; for random weights, whose perplexity means nothing, the divergence from the baseline. What is
-    broken is never among them.
+    broken is never among them, nor what changed nothing and was timed faster all the same.
     """
     figures = {}
     for stage in report.stages:
         speed = deciding_point(stage)
         loss = _loss(stage, report)
-        if speed and loss is not None:
+        if speed and loss is not None and not is_contradicted(stage, speed, report):
             figures[stage.name] = (speed.tokens_per_s.median, -loss)
     return tuple(
         name
