@@ -2,13 +2,15 @@
 
 It is built from the inputs up: the hash of a value is that of its node's operator, attributes and input values. The
 hash of the graph is over the multiset of its nodes' hashes and its outputs in order. Weights enter either as data type
-and shape (the structure) or with their contents, too.
+and shape (the structure) or with their contents, too. An attribute that is written out with the value that its
+operator gives it in any case counts as left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ def graph_fingerprint(model: ir.Model, *, contents: bool = True, known: Collecti
     With `contents` False, weights that lie outside the graph count by data type and shape only. Those in `known`
     places count by their place, and are not read. Operator sets that no node uses do not count.
     """
-    hashed = GraphHash(contents=contents, known=known)
+    hashed = GraphHash(contents=contents, known=known, opsets=model.opset_imports)
     functions = sorted((*map(str, key), hashed.graph(function.graph, {})) for key, function in model.functions.items())
     used = {node.domain for graph in model.graphs() for node in graph}
     used |= {node.domain for function in model.functions.values() for node in function}
@@ -36,8 +38,11 @@ def graph_fingerprint(model: ir.Model, *, contents: bool = True, known: Collecti
 class GraphHash:
     """Hashes of nodes and graphs; see `graph_fingerprint`."""
 
-    def __init__(self, *, contents: bool, known: Collection[Place] = ()) -> None:
+    def __init__(
+        self, *, contents: bool, known: Collection[Place] = (), opsets: Mapping[str, int] | None = None
+    ) -> None:
         self._contents = contents
+        self._opsets = opsets or {}
         self._known = known
 
     def graph(self, graph: ir.Graph, outer: dict[ir.Value, bytes]) -> bytes:
@@ -77,7 +82,11 @@ class GraphHash:
 
     def operator(self, node: ir.Node, values: dict[ir.Value, bytes]) -> tuple[Any, ...]:
         """Domain, type and attributes; an attribute may be a graph that sees `values`."""
-        attributes = sorted((name, self._attribute(attribute, values)) for name, attribute in node.attributes.items())
+        attributes = sorted(
+            (name, self._attribute(attribute, values))
+            for name, attribute in node.attributes.items()
+            if not is_default(node, attribute, self._opsets)
+        )
         return node.domain, node.op_type, attributes
 
     def initializer(self, value: ir.Value) -> bytes:
@@ -109,6 +118,34 @@ class GraphHash:
             tensor = attribute.as_tensor()
             return tensor.dtype.name, [str(size) for size in tensor.shape], tensor.tobytes()
         return kind.name, repr(attribute.value)
+
+
+def is_default(node: ir.Node, attribute: ir.Attr, opsets: Mapping[str, int]) -> bool:
+    """Whether the attribute says no more than its operator's definition; not known of other domains than ONNX's own."""
+    if node.domain or (version := opsets.get("")) is None:
+        return False
+    defaults = _defaults(node.op_type, version)
+    if attribute.name not in defaults:
+        return False
+    value = attribute.value
+    return bool(defaults[attribute.name] == (list(value) if isinstance(value, tuple) else value))
+
+
+@cache
+def _defaults(operator: str, version: int) -> dict[str, Any]:
+    """The values that an operator's attributes have where they are left out."""
+    import onnx
+
+    try:
+        schema = onnx.defs.get_schema(operator, version, "")
+    except onnx.defs.SchemaError:  # a function of the model, or an operator of another time
+        return {}
+    found = {}
+    for name, attribute in schema.attributes.items():
+        if attribute.default_value.type:
+            value = onnx.helper.get_attribute_value(attribute.default_value)
+            found[name] = value.decode() if isinstance(value, bytes) else value
+    return found
 
 
 def hash_of(*parts: Any) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.measure.fingerprint import Place
+from pipeline.measure.fingerprint import Place, is_default
 from pipeline.measure.graph_match import Match, Nodes, match_graphs
 from pipeline.report.schema import Region, RegionNode
 
@@ -30,6 +30,11 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 OUTSIDE = ""
 """The place of what belongs to no layer."""
+
+IMPLIED = frozenset({"K", "N"})
+"""Attributes that the weights' shapes say."""
+
+Change = Literal["gone", "new", "rewired"]
 
 Layer = str | None
 """The name of a layer; OUTSIDE; None: nothing tells."""
@@ -67,6 +72,7 @@ class GraphChanges:
     """Everything that differs between two graphs, the places that most are alike first."""
 
     match: Match
+    opsets: Mapping[str, int]
     groups: tuple[Alike, ...]
 
 
@@ -74,8 +80,9 @@ def changes_of(before: ir.Model, after: ir.Model, known: Collection[Place] = ())
     """What differs between two graphs; `known` are the places of weights that both have."""
     match = match_graphs(before.graph, after.graph, known)
     groups: dict[Any, list[Changes]] = defaultdict(list)
+    opsets = after.graph.opset_imports
     for changes in _by_place(match):
-        groups[_pattern(match, changes)].append(changes)
+        groups[_pattern(match, changes, opsets)].append(changes)
     alike = [
         Alike(
             places=tuple(changes.place for changes in group),
@@ -87,7 +94,7 @@ def changes_of(before: ir.Model, after: ir.Model, known: Collection[Place] = ())
         for group in groups.values()
     ]
     alike.sort(key=lambda a: (a.places[0] == OUTSIDE, -len(a.places), -a.shown.count))
-    return GraphChanges(match, tuple(alike))
+    return GraphChanges(match, opsets, tuple(alike))
 
 
 def region(changes: GraphChanges, group: Alike) -> Region:
@@ -103,11 +110,13 @@ def region(changes: GraphChanges, group: Alike) -> Region:
     before, after = sorted({*gone, *both}), sorted({*new, *both.values()})
     old_ids = {number: number for number in before}
     new_ids = {number: match.backward.get(number, len(match.before) + number) for number in after}
+    were: dict[int, Change] = {**dict.fromkeys(gone, "gone"), **dict.fromkeys(pairs, "rewired")}
+    are: dict[int, Change] = {**dict.fromkeys(new, "new"), **dict.fromkeys(pairs.values(), "rewired")}
     return Region(
         where=shown.place or "outside the layers",
         alike=len(group.places),
-        before=_rows(match.before, old_ids, {**dict.fromkeys(gone, "gone"), **dict.fromkeys(pairs, "rewired")}),
-        after=_rows(match.after, new_ids, {**dict.fromkeys(new, "new"), **dict.fromkeys(pairs.values(), "rewired")}),
+        before=_rows(match.before, old_ids, were, changes.opsets),
+        after=_rows(match.after, new_ids, are, changes.opsets),
         left_out=left_out,
     )
 
@@ -137,7 +146,11 @@ def _by_place(match: Match) -> list[Changes]:
         places[new_layers[number] or OUTSIDE][1].append(number)
     for pair in rewired:
         places[old_layers[pair[0]] or OUTSIDE][2].append(pair)
-    found = [Changes(place, tuple(a), tuple(b), tuple(c)) for place, (a, b, c) in places.items()]
+    stems = {place.partition(" (")[2] for place in places if place.startswith("layer ")}
+    found = [
+        Changes(place.partition(" (")[0] if len(stems) == 1 else place, tuple(a), tuple(b), tuple(c))
+        for place, (a, b, c) in places.items()
+    ]
     return sorted(found, key=lambda c: _natural(c.place))
 
 
@@ -174,7 +187,7 @@ def _own_layer(node: ir.Node) -> Layer:
 
 
 def _connected(match: Match, gone: Sequence[int], new: Sequence[int]) -> tuple[list[Layer], list[Layer]]:
-    """The changed nodes that hang together, directly or by a matched node between them, as places 1, 2 …"""
+    """The changed nodes that hang together, directly or by a matched node between them, as parts 1, 2 …"""
     offset = len(match.before)
     parent: dict[int, int] = {}
 
@@ -199,19 +212,19 @@ def _connected(match: Match, gone: Sequence[int], new: Sequence[int]) -> tuple[l
     old: list[Layer] = [None] * len(match.before)
     after: list[Layer] = [None] * len(match.after)
     for number in gone:
-        old[number] = f"place {order[root(number)]}"
+        old[number] = f"part {order[root(number)]} of the graph"
     for number in new:
-        after[number] = f"place {order[root(number + offset)]}"
+        after[number] = f"part {order[root(number + offset)]} of the graph"
     return old, after
 
 
-def _pattern(match: Match, changes: Changes) -> Any:
+def _pattern(match: Match, changes: Changes, opsets: Mapping[str, int]) -> Any:
     """What makes two places alike: the changed nodes' operators, attributes and weights' shapes, before and after."""
     return (
         changes.place == OUTSIDE,
-        tuple(sorted(_row_text(match.before.nodes[n]) for n in changes.gone)),
-        tuple(sorted(_row_text(match.after.nodes[n]) for n in changes.new)),
-        tuple(sorted(_row_text(match.before.nodes[n]) for n, _ in changes.rewired)),
+        tuple(sorted(_row_text(match.before.nodes[n], opsets) for n in changes.gone)),
+        tuple(sorted(_row_text(match.after.nodes[n], opsets) for n in changes.new)),
+        tuple(sorted(_row_text(match.before.nodes[n], opsets) for n, _ in changes.rewired)),
     )
 
 
@@ -243,17 +256,18 @@ def _neighbours(match: Match, gone: Sequence[int], new: Sequence[int], pairs: Ma
 
 
 def _rows(
-    nodes: Nodes, ids: Mapping[int, int], changed: Mapping[int, Literal["gone", "new", "rewired"]]
+    nodes: Nodes, ids: Mapping[int, int], changed: Mapping[int, Change], opsets: Mapping[str, int]
 ) -> tuple[RegionNode, ...]:
+    """The shown nodes, each as soon after those that it takes from as can be."""
     rows = []
-    for number, own in ids.items():
+    for number in _reading_order(nodes, ids):
         sources = [source[0] for source in nodes.sources[number] if source is not None]
         node = nodes.nodes[number]
         rows.append(
             RegionNode(
-                id=own,
+                id=ids[number],
                 operator=operator_of(node),
-                detail=_detail(node),
+                detail=_detail(node, opsets, attributes=number in changed),
                 change=changed.get(number, "kept"),
                 inputs=tuple(dict.fromkeys(ids[s] for s in sources if s in ids)),
             )
@@ -261,20 +275,43 @@ def _rows(
     return tuple(rows)
 
 
-def _row_text(node: ir.Node) -> str:
-    return f"{operator_of(node)} {_detail(node)}"
+def _reading_order(nodes: Nodes, shown: Iterable[int]) -> list[int]:
+    """From the inputs to the outputs, along one branch after the other; weights come right before who reads them."""
+    chosen = set(shown)
+    taken = {n: [s[0] for s in nodes.sources[n] if s is not None and s[0] in chosen] for n in sorted(chosen)}
+    read = {source for sources in taken.values() for source in sources}
+    order: dict[int, None] = {}
+    waiting = [(number, False) for number in reversed(taken) if number not in read]
+    while waiting:
+        number, ready = waiting.pop()
+        if ready:
+            order[number] = None
+        elif number not in order:
+            waiting.append((number, True))
+            waiting.extend((source, False) for source in reversed(taken[number]) if source not in order)
+    return list(order)
 
 
-def _detail(node: ir.Node) -> str:
-    """Its weights' shapes and data types, and its first attributes."""
+def _row_text(node: ir.Node, opsets: Mapping[str, int]) -> str:
+    return f"{operator_of(node)} {_detail(node, opsets)}"
+
+
+def _detail(node: ir.Node, opsets: Mapping[str, int], *, attributes: bool = True) -> str:
+    """Its weights' shapes and data types, and those of its first attributes that are no defaults."""
     weights = []
     for value in node.inputs:
         tensor = value.const_value if value is not None and value.is_initializer() else None
         if tensor is not None and len(tensor.shape):
             sizes = "×".join(str(size) for size in tensor.shape)
             weights.append(f"{tensor.dtype.name.lower()}[{sizes}]")
-    attributes = [f"{name}={_value(attribute)}" for name, attribute in sorted(node.attributes.items())]
-    return " ".join([*weights, *attributes[:MOST_ATTRIBUTES]])
+    if not attributes:
+        return " ".join(weights)
+    told = [
+        f"{name}={_value(attribute)}"
+        for name, attribute in sorted(node.attributes.items())
+        if name not in IMPLIED and not is_default(node, attribute, opsets)
+    ]
+    return " ".join([*weights, *told[:MOST_ATTRIBUTES]])
 
 
 def _value(attribute: ir.Attr) -> str:
@@ -282,5 +319,6 @@ def _value(attribute: ir.Attr) -> str:
 
     if attribute.type in (ir.AttributeType.TENSOR, ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return attribute.type.name.lower()
-    text = ",".join(map(str, attribute.value)) if isinstance(attribute.value, tuple | list) else str(attribute.value)
+    values = attribute.value if isinstance(attribute.value, tuple | list) else [attribute.value]
+    text = ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
     return text if len(text) <= SHORT else text[: SHORT - 1] + "…"

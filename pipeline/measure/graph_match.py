@@ -107,8 +107,8 @@ def match_graphs(before: ir.Graph, after: ir.Graph, known: Collection[Place] = (
 
 def nodes_of(graph: ir.Graph, known: Collection[Place] = ()) -> Nodes:
     """The graph as numbers."""
-    hashed = GraphHash(contents=False, known=known)
-    kinds = GraphHash(contents=False)
+    hashed = GraphHash(contents=False, known=known, opsets=graph.opset_imports)
+    kinds = GraphHash(contents=False, opsets=graph.opset_imports)
     computed = hashed.nodes(graph, {})
     ordered = tuple(computed)
     at: dict[ir.Value, Source] = {

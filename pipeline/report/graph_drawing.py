@@ -21,6 +21,9 @@ CHARACTER = 7.4
 LONGEST = 46
 """Characters of a row; what is longer is cut, and whole in the row's title."""
 
+MICROSOFT = "com.microsoft."
+"""Left out in drawings, where room is short; the title of the row has it."""
+
 SIGNS = {"kept": " ", "gone": "-", "new": "+", "rewired": "~"}
 
 STYLE = """
@@ -95,7 +98,7 @@ def _svg(rows: Sequence[RegionNode], title: str) -> str:
     lanes = _lanes([edge for edge in edges if _span(edge) > 1])
     used = 1 + max(lanes.values(), default=0)
     left = LANE * (used + 1)
-    shown = [_short(f"{SIGNS[row.change]} {_label(row)}") for row in rows]
+    shown = [_short(f"{SIGNS[row.change]} {_label(row).removeprefix(MICROSOFT)}") for row in rows]
     width = max(NARROWEST, left + 10 + round(CHARACTER * max((len(text) for text in shown), default=0)))
     parts = [
         f'<svg viewBox="0 0 {width} {ROW * max(1, len(rows))}" role="img"><title>{escape(title)}</title>',
