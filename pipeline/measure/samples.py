@@ -82,6 +82,9 @@ class SpeedMeasurement(Frozen):
         description="decided: every comparison had a verdict; looks: the last was taken; budget: it was used up; "
         "failed: the baseline, or all the others, had failed",
     )
+    fits: bool = Field(
+        default=True, description="False: the budget did not hold even the least, which ran; nothing may be claimed"
+    )
     launches: int = 0
     rounds: int = Field(default=0, description="in all launches together; with groups, those of the longest")
     round_s: float | None = Field(default=None, description="seconds of a round as the warm-ups foretold them")

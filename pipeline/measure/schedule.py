@@ -289,13 +289,12 @@ class _Schedule:
         assert self.plan is not None
         if self.rounds not in {look.rounds for look in self.plan.looks}:
             return False
-        if self.fits:
-            self.looks_taken += 1
+        self.looks_taken += 1
         alive = self._alive()
         if self.baseline not in alive or (len(self.stages) > 1 and alive == {self.baseline}):
             self.ended = "failed"
             return True
-        samples, look = self.record.samples, self.looks_taken or 1
+        samples, look = self.record.samples, self.looks_taken
         found = decide(samples, baseline=self.baseline, parents=self.parents, plan=self.plan, look=look)
         open_questions = [c for c in found.comparisons if c.verdict == "inconclusive" and c.stage in alive]
         self._tell(f"{len(open_questions)} of {len(found.comparisons)} comparisons are not decided")
@@ -374,6 +373,7 @@ class _Schedule:
             budget_s=self.budget_s,
             plan=self.plan,
             looks_taken=self.looks_taken,
+            fits=self.fits,
             ended=self.ended,
             launches=self.launches,
             rounds=self.rounds,

@@ -90,6 +90,19 @@ class SpeedFigures(Frozen):
     stages: dict[str, tuple[SpeedPoint, ...]]
     noise_floor: tuple[NoiseFloor, ...]
 
+    def without_claims(self) -> SpeedFigures:
+        """The same figures with every verdict `inconclusive`."""
+
+        def unclaimed(ratio: SpeedRatio | None) -> SpeedRatio | None:
+            return None if ratio is None else ratio.model_copy(update={"verdict": "inconclusive"})
+
+        def point(p: SpeedPoint) -> SpeedPoint:
+            update = {"vs_baseline": unclaimed(p.vs_baseline), "vs_parent": unclaimed(p.vs_parent)}
+            return p.model_copy(update=update)
+
+        stages = {name: tuple(map(point, points)) for name, points in self.stages.items()}
+        return self.model_copy(update={"stages": stages})
+
 
 class Decision(Frozen):
     """The verdict on one stage at one point against the baseline, at the level of the look."""

@@ -87,6 +87,8 @@ def build_report(
             plan=speed.plan,
             looks_taken=speed.looks_taken,
         )
+        if not speed.fits:
+            found = found.without_claims()
         figures, floors = found.stages, found.noise_floor
     probed = cached_probe(plan.host, probe_folder(store), threads=plan.threads)
     held: set[str] = set()
