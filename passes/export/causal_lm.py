@@ -7,6 +7,7 @@ at a time.
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,6 +135,48 @@ def reference_causal_lm(artifact: Artifact) -> CausalLM:
                 module._buffers[name] = torch_view(artifact.tensor(source))
         _compute_in_float32(module)
     return model
+
+
+def checkpoint_causal_lm(artifact: Artifact, held: Callable[[np.ndarray, int], torch.Tensor]) -> CausalLM:
+    """The model with `held(tensor of the checkpoint, its number)`, a float32 tensor, for every parameter."""
+    import torch
+
+    def on_meta(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
+
+    model = _build(artifact, on_meta)
+    numbers = {source: number for number, source in enumerate(sorted(set(model.sources.values())))}
+    for path, module in model.module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name in [*module._parameters, *module._buffers]:
+            if source := model.sources.get(prefix + name):
+                tensor = held(artifact.tensor(source), numbers[source])
+                if name in module._parameters:
+                    module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+                else:
+                    module._buffers[name] = tensor
+    return model
+
+
+def take_tokens_alone(model: CausalLM, *, positions: bool) -> None:
+    """Have the module take `input_ids` [B, S] and return all logits [B, S, V], without a cache.
+
+    It is given a mask of ones: without one, `transformers` looks for several sequences packed into one row, of which a
+    graph would keep the operators. `positions` says whether it is given them for each sequence, where it takes any: its
+    own are one row for the whole batch, which the RotaryEmbedding of ONNX does not take.
+    """
+    import torch
+
+    original = type(model.module).forward
+    numbered = positions and model.takes_positions
+
+    def forward(self: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(input_ids)
+        extra = {"position_ids": torch.arange(input_ids.shape[1]).expand(input_ids.shape)} if numbered else {}
+        logits: torch.Tensor = original(self, input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits
+        return logits
+
+    model.module.forward = types.MethodType(forward, model.module)
 
 
 def torch_view(array: np.ndarray) -> torch.Tensor:

@@ -11,9 +11,12 @@ import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from passes.export.causal_lm import CausalLM, causal_lm_config, first_cause, traced_causal_lm
+from pydantic import model_validator
+
+from passes.export.causal_lm import CausalLM, causal_lm_config, first_cause, take_tokens_alone, traced_causal_lm
+from passes.export.torchscript import LATEST_OPSET, trace_with_torchscript
 from passes.export.verify import verify_against_torch
 from pipeline import (
     Artifact,
@@ -48,7 +51,7 @@ TRACING_BYTES_PER_LAYER = 4_500_000
 
 
 class ExportOnnx(Pass):
-    """Export a causal language model to ONNX, with a key-value cache, without copying its weights."""
+    """Export a causal language model to ONNX, with a key-value cache or without, without copying its weights."""
 
     name, version = "export_onnx", 1
     accepts, produces = frozenset({"torch"}), "onnx"
@@ -62,6 +65,16 @@ class ExportOnnx(Pass):
             description="ONNX operator set: 18 is the oldest that the exporter writes; 23 the first with Attention, "
             "RotaryEmbedding and RMSNormalization, without which a graph is hundreds of small nodes",
         )
+        cache: bool = Field(
+            True,
+            description="the graph takes and gives a key-value cache; false: it takes whole sequences of tokens and "
+            "gives their logits, which evaluate.workload.forward measures",
+        )
+        exporter: Literal["dynamo", "torchscript"] = Field(
+            "dynamo",
+            description="torchscript: torch's older exporter, deprecated there, which wrote much that is published. "
+            "Only with `cache: false`; up to opset 20, its default; its graph is left as it is, not simplified",
+        )
         verify: bool = Field(True, description="run the graph and the torch model on random tokens and compare")
         tolerance: float = Field(
             1e-3,
@@ -69,6 +82,22 @@ class ExportOnnx(Pass):
             description="largest difference from torch that passes, as a share of the output's standard deviation; "
             "rounding in float32 gives about 1e-5, a wrong graph 0.1 and more",
         )
+
+        @model_validator(mode="before")
+        @classmethod
+        def _opset_of_torchscript(cls, given: Any) -> Any:
+            if isinstance(given, dict) and given.get("exporter") == "torchscript":
+                return {"opset": LATEST_OPSET, **given}
+            return given
+
+        @model_validator(mode="after")
+        def _what_torchscript_can(self) -> ExportOnnx.Params:
+            if self.exporter == "torchscript":
+                if self.cache:
+                    raise ValueError("the torchscript exporter writes graphs without a cache only: add `cache: false`")
+                if self.opset > LATEST_OPSET:
+                    raise ValueError(f"the torchscript exporter writes opset {LATEST_OPSET} at most, not {self.opset}")
+            return self
 
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
         """Trace, simplify, refer to the checkpoint, verify.
@@ -80,9 +109,13 @@ class ExportOnnx(Pass):
             names = ", ".join(str(t.get("name", t)) for t in artifact.manifest.transforms)
             raise PipelineError(f"a torch model with transforms cannot be exported: {names}")
         context.progress(0.0, "tracing")
-        model, interface, sources = trace(artifact, params.opset)
-        context.progress(0.5, "simplifying")
-        simplify(model)
+        if params.exporter == "torchscript":
+            interface = _whole_passes(artifact)
+            model, sources = trace_with_torchscript(artifact, params.opset, interface)
+        else:
+            model, interface, sources = trace(artifact, params.opset, cache=params.cache)
+            context.progress(0.5, "simplifying")
+            simplify(model)
         refer_to_checkpoint(model, sources, artifact)
         strip_metadata(model)
         if params.verify:
@@ -106,7 +139,7 @@ class ExportOnnx(Pass):
         return Prediction(model=after, conversion_bytes=memory)
 
 
-def trace(artifact: Artifact, opset: int) -> tuple[ir.Model, Interface, Mapping[str, str]]:
+def trace(artifact: Artifact, opset: int, *, cache: bool = True) -> tuple[ir.Model, Interface, Mapping[str, str]]:
     """The traced graph, its interface, and the checkpoint's tensor for each of its parameters.
 
     Parameters are initializers without values, named as in the model; computed buffers have theirs.
@@ -114,6 +147,7 @@ def trace(artifact: Artifact, opset: int) -> tuple[ir.Model, Interface, Mapping[
     Inputs: input_ids, position_ids int64 [B, S]; attention_mask int64 [B, past + S], 1 for what may be attended to;
     past_key_values.{i}.key and .value float32 [B, kv_heads, past, head_dim].
     Outputs: logits float32 [B, S, V]; present.{i}.key and .value float32 [B, kv_heads, past + S, head_dim].
+    Without a cache: input_ids alone, and logits alone.
 
     Raises: PipelineError where the architecture cannot be traced or written as ONNX.
     """
@@ -124,10 +158,16 @@ def trace(artifact: Artifact, opset: int) -> tuple[ir.Model, Interface, Mapping[
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = traced_causal_lm(artifact, mode)
     with mode, torch.no_grad():
-        cache = _cache_layout(model)
-        interface = _interface(cache, artifact.interface, config.get_text_config())
-        arguments, dimensions = _example(cache)
-        _flatten_signature(model)
+        if cache:
+            layout = _cache_layout(model)
+            interface = _interface(layout, artifact.interface, config.get_text_config())
+            arguments, dimensions = _example(layout)
+            _flatten_signature(model)
+        else:
+            interface = _whole_passes(artifact)
+            arguments = (torch.zeros(BATCH, SEQUENCE, dtype=torch.int64),)
+            dimensions = ({0: "batch", 1: "sequence"},)
+            take_tokens_alone(model, positions=True)
         with _quiet():
             try:
                 program = torch.onnx.export(
@@ -297,6 +337,18 @@ def _interface(cache: CacheLayout, given: Interface, config: Any) -> Interface:
         inputs=inputs,
         outputs=outputs,
         cache=cache,
+        vocab_size=given.vocab_size or config.vocab_size,
+        max_length=given.max_length or getattr(config, "max_position_embeddings", None),
+    )
+
+
+def _whole_passes(artifact: Artifact) -> Interface:
+    """The interface of a graph without a cache."""
+    given, config = artifact.interface, causal_lm_config(artifact).get_text_config()
+    return Interface(
+        task="causal-lm",
+        inputs={"tokens": "input_ids"},
+        outputs={"logits": "logits"},
         vocab_size=given.vocab_size or config.vocab_size,
         max_length=given.max_length or getattr(config, "max_position_embeddings", None),
     )

@@ -1,4 +1,7 @@
-"""An exported graph against the torch model: the same random tokens, an empty and a filled cache, in float32."""
+"""An exported graph against the torch model: the same random tokens, an empty and a filled cache, in float32.
+
+A graph without a cache is given sequences of several lengths, each from its beginning.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ CALLS = (7, 3, 1)
 def verify_against_torch(
     model: ir.Model, artifact: Artifact, interface: Interface, *, tolerance: float, context: PassContext
 ) -> dict[str, float]:
-    """Run graph and torch model call by call, each continuing from its own cache, and compare all outputs.
+    """Run graph and torch model call by call, each continuing from its own cache, if any, and compare all outputs.
 
     The error of an output is its largest absolute difference over the standard deviation of torch's values.
     Returns the largest error of each call, by its shape.
@@ -32,7 +35,7 @@ def verify_against_torch(
     """
     import numpy as np
 
-    assert interface.vocab_size is not None and interface.cache is not None
+    assert interface.vocab_size is not None
     tokens = np.random.default_rng(SEED).integers(0, interface.vocab_size, (BATCH, sum(CALLS)), dtype=np.int64)
     graph, reference = _Graph(model, interface, context.threads), _Torch(artifact, interface)
     errors: dict[str, float] = {}
@@ -44,7 +47,7 @@ def verify_against_torch(
             got, expected = graph.step(chunk, past), reference.step(chunk, past)
             errors[shape] = _compare(got, expected, interface.outputs["logits"], shape, tolerance)
             context.logger.info("%s: largest error %.1e of the standard deviation", shape, errors[shape])
-            past += count
+            past += count if interface.cache is not None else 0
     return errors
 
 
@@ -103,21 +106,17 @@ class _Graph:
 
         self._interface = interface
         self._session = _session(model, threads)
-        cache = interface.cache
-        assert cache is not None
-        empty = np.zeros((BATCH, cache.kv_heads, 0, cache.head_dim), np.float32)
-        self._past = {name: empty for role, name in interface.inputs.items() if role.startswith("past.")}
+        self._past: dict[str, np.ndarray] = {}
+        if (cache := interface.cache) is not None:
+            empty = np.zeros((BATCH, cache.kv_heads, 0, cache.head_dim), np.float32)
+            self._past = {name: empty for role, name in interface.inputs.items() if role.startswith("past.")}
 
     def step(self, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
         """Outputs for tokens [B, S] after `past` others, by name."""
         inputs, outputs = self._interface.inputs, self._interface.outputs
         mask, positions = _mask_and_positions(tokens, past)
-        feeds = {
-            inputs["tokens"]: tokens,
-            inputs["mask"]: mask,
-            inputs["positions"]: positions,
-            **self._past,
-        }
+        given = {"tokens": tokens, "mask": mask, "positions": positions}
+        feeds = {inputs[role]: array for role, array in given.items() if role in inputs} | self._past
         names = list(outputs.values())
         try:
             result = dict(zip(names, self._session.run(names, feeds), strict=True))
@@ -142,7 +141,9 @@ class _Torch:
 
         self._model: CausalLM = reference_causal_lm(artifact)
         self._interface = interface
-        self._cache = DynamicCache(config=self._model.module.config)  # as transformers itself would
+        self._cache: Any = None
+        if interface.cache is not None:
+            self._cache = DynamicCache(config=self._model.module.config)  # as transformers itself would
 
     def step(self, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
         """Outputs for tokens [B, S] after `past` others, by the graph's names."""
@@ -155,11 +156,11 @@ class _Torch:
                 input_ids=torch.from_numpy(tokens),
                 attention_mask=torch.from_numpy(mask),
                 past_key_values=self._cache,
-                use_cache=True,
+                use_cache=self._cache is not None,
                 **extra,
             )
         outputs = {"logits": result.logits.numpy()}
-        for i, layer in enumerate(self._cache.layers):
+        for i, layer in enumerate(self._cache.layers if self._cache is not None else ()):
             outputs[self._interface.outputs[f"present.k[{i}]"]] = layer.keys.numpy()
             outputs[self._interface.outputs[f"present.v[{i}]"]] = layer.values.numpy()
         return outputs

@@ -280,6 +280,113 @@ class TestOtherModels:
         assert "\n" not in caught.value.message
 
 
+class TestWithoutACache:
+    """`cache: false`, by both exporters."""
+
+    @pytest.fixture(scope="class", params=["dynamo", "torchscript"])
+    def exporter(self, request):
+        return request.param
+
+    @pytest.fixture(scope="class")
+    def folder(self, bench):
+        from transformers import LlamaConfig
+
+        return bench.checkpoint(LlamaConfig(**SIZES, tie_word_embeddings=False))
+
+    @pytest.fixture(scope="class")
+    def whole(self, bench, folder, exporter):
+        return bench.run(ExportOnnx, bench.source(folder), cache=False, exporter=exporter)
+
+    def test_the_graph_takes_tokens_and_gives_logits_and_nothing_else(self, whole):
+        graph = graph_of(whole)
+        assert [value.name for value in graph.input] == ["input_ids"]
+        assert [value.name for value in graph.output] == ["logits"]
+        assert (whole.interface.inputs, whole.interface.outputs) == ({"tokens": "input_ids"}, {"logits": "logits"})
+        assert whole.interface.cache is None
+        assert (whole.interface.vocab_size, whole.interface.max_length) == (300, 64)
+
+    @pytest.mark.parametrize("shape", [(2, 12), (1, 1), (3, 7)])
+    def test_it_gives_torchs_logits_for_any_batch_and_length(self, bench, whole, folder, shape):
+        tokens = TOKENS.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
+        given = bench.session(whole).run(["logits"], {"input_ids": tokens})[0]
+        np.testing.assert_allclose(given, torch_logits(folder, tokens), atol=2e-4)
+
+    def test_its_weights_stay_in_the_checkpoint(self, bench, whole, folder):
+        checkpoint = bench.source(folder).component
+        large = {ref.offset for ref in checkpoint.tensors.values() if ref.length > 1024}
+        everywhere = {ref.offset for ref in checkpoint.tensors.values()}
+        assert large <= {ref.offset for ref in whole.component.tensors.values()} <= everywhere
+        assert {entry.digest for name, entry in whole.component.files.items() if name != ONNX_FILE} == {
+            entry.digest for entry in checkpoint.files.values()
+        }
+
+    def test_it_names_no_file_of_this_machine(self, whole):
+        text = whole.file(ONNX_FILE).read_bytes()
+        assert b".py" not in text and b"/work" not in text and b"site-packages" not in text
+
+    def test_half_precision_weights_keep_it(self, bench, exporter, logits_of):
+        from transformers import LlamaConfig
+
+        folder = bench.checkpoint(LlamaConfig(**SIZES), "bfloat16")
+        made = bench.run(ExportOnnx, bench.source(folder), cache=False, exporter=exporter)
+        assert {ref.dtype for ref in made.component.tensors.values()} == {"bfloat16"}
+        given = bench.session(made).run(["logits"], {"input_ids": TOKENS})[0]
+        np.testing.assert_allclose(given, torch_logits(folder, TOKENS), atol=2e-4)
+
+    def test_two_exports_are_the_same_bytes(self, bench, whole, folder, exporter):
+        again = bench.run(ExportOnnx, bench.source(folder), cache=False, exporter=exporter)
+        assert again.digest == whole.digest
+
+    def test_the_graph_is_compared_with_torch(self, whole, bench, folder, tmp_path):
+        model = load_onnx(whole)
+        powers = [node for node in model.graph if node.op_type in ("RMSNormalization", "Sqrt")]
+        powers[-1].op_type = {"RMSNormalization": "RMSNormalization", "Sqrt": "Exp"}[powers[-1].op_type]
+        if powers[-1].op_type == "RMSNormalization":
+            powers[-1].attributes["epsilon"] = ir.AttrFloat32("epsilon", 10.0)
+        context = PassContext(output=OutputWriter(tmp_path / "staging"))
+        with pytest.raises(PipelineError, match=r"differs from torch with batch 2, 7 tokens, past 0: logits"):
+            verify_against_torch(model, bench.source(folder), whole.interface, tolerance=1e-3, context=context)
+
+    def test_torchscript_leaves_an_identity_for_equal_parameters_and_dynamo_none(self, bench, exporter):
+        import torch
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        torch.manual_seed(0)
+        folder = bench.new_folder("fresh")
+        AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(folder)  # all norms are ones
+        (folder / "tokenizer.json").write_text("{}")
+        made = bench.run(ExportOnnx, bench.source(folder), cache=False, exporter=exporter)
+        assert operators(made)["Identity"] == {"dynamo": 0, "torchscript": 4}[exporter]
+
+    def test_a_family_without_positions_can_be_exported_too(self, bench, exporter):
+        from transformers import GPT2Config
+
+        config = GPT2Config(
+            n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
+        made = bench.run(ExportOnnx, bench.source(bench.checkpoint(config)), cache=False, exporter=exporter)
+        assert made.interface.cache is None
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"exporter": "torchscript"}, "without a cache only: add `cache: false`"),
+        ({"exporter": "torchscript", "cache": False, "opset": 21}, "opset 20 at most, not 21"),
+        ({"exporter": "tensorflow"}, "'dynamo' or 'torchscript'"),
+    ],
+)
+def test_an_exporter_that_cannot_do_it_is_refused(params, message):
+    with pytest.raises(ValidationError, match=message):
+        ExportOnnx.Params(**params)
+
+
+def test_torchscript_writes_its_own_latest_opset_unless_told():
+    assert ExportOnnx.Params(exporter="torchscript", cache=False).opset == 20
+    assert ExportOnnx.Params(exporter="torchscript", cache=False, opset=18).opset == 18
+    assert ExportOnnx.Params(cache=False).opset == 23
+
+
 class TestVerification:
     @pytest.fixture(autouse=True)
     def _give_context(self, tmp_path):
