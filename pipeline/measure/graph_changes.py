@@ -297,7 +297,7 @@ def _row_text(node: ir.Node, opsets: Mapping[str, int]) -> str:
 
 
 def _detail(node: ir.Node, opsets: Mapping[str, int], *, attributes: bool = True) -> str:
-    """Its weights' shapes and data types, and those of its first attributes that are no defaults."""
+    """Those of its first attributes that are no defaults, and its weights' data types and shapes."""
     weights = []
     for value in node.inputs:
         tensor = value.const_value if value is not None and value.is_initializer() else None
@@ -307,16 +307,18 @@ def _detail(node: ir.Node, opsets: Mapping[str, int], *, attributes: bool = True
     if not attributes:
         return " ".join(weights)
     told = [
-        f"{name}={_value(attribute)}"
+        f"{name}={_value(node, attribute)}"
         for name, attribute in sorted(node.attributes.items())
         if name not in IMPLIED and not is_default(node, attribute, opsets)
     ]
-    return " ".join([*weights, *told[:MOST_ATTRIBUTES]])
+    return " ".join([*told[:MOST_ATTRIBUTES], *weights])
 
 
-def _value(attribute: ir.Attr) -> str:
+def _value(node: ir.Node, attribute: ir.Attr) -> str:
     import onnx_ir as ir
 
+    if (node.op_type, attribute.name) == ("Cast", "to"):
+        return ir.DataType(attribute.as_int()).name.lower()
     if attribute.type in (ir.AttributeType.TENSOR, ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return attribute.type.name.lower()
     values = attribute.value if isinstance(attribute.value, tuple | list) else [attribute.value]

@@ -15,7 +15,7 @@ ROW = 24
 LANE = 12
 TEXT = 13
 NARROWEST = 340
-CHARACTER = 7.4
+CHARACTER = 7.9
 """Width of a monospaced character of size 13, rounded up."""
 
 LONGEST = 46
@@ -48,8 +48,10 @@ STYLE = """
 def draw(region: Region) -> str:
     """An HTML element with two SVG drawings, side by side where there is room. Needs STYLE once on its page."""
     sides = (("before", region.before), ("after", region.after))
+    width = max(_least_width(rows) for _, rows in sides)  # the same for both, so that their texts are of one size
     figures = "".join(
-        f"<figure><figcaption>{title}: {_counted(rows)}</figcaption>{_svg(rows, f'{region.where}, {title}')}</figure>"
+        f"<figure><figcaption>{title}: {_counted(rows)}</figcaption>"
+        f"{_svg(rows, f'{region.where}, {title}', width)}</figure>"
         for title, rows in sides
     )
     return f'<div class="region">{figures}</div>'
@@ -92,30 +94,43 @@ def _label(row: RegionNode) -> str:
     return f"{row.operator} {row.detail}".rstrip()
 
 
-def _svg(rows: Sequence[RegionNode], title: str) -> str:
+def _edges(rows: Sequence[RegionNode]) -> tuple[list[tuple[int, int]], dict[tuple[int, int], int]]:
+    """(edges as pairs of rows, the lanes of those that pass by other rows)."""
     place = {row.id: number for number, row in enumerate(rows)}
     edges = sorted({(place[s], place[row.id]) for row in rows for s in row.inputs if s in place}, key=_span)
-    lanes = _lanes([edge for edge in edges if _span(edge) > 1])
-    used = 1 + max(lanes.values(), default=0)
-    left = LANE * (used + 1)
-    shown = [_short(f"{SIGNS[row.change]} {_label(row).removeprefix(MICROSOFT)}") for row in rows]
-    width = max(NARROWEST, left + 10 + round(CHARACTER * max((len(text) for text in shown), default=0)))
+    return edges, _lanes([edge for edge in edges if _span(edge) > 1])
+
+
+def _shown(row: RegionNode) -> str:
+    text = f"{SIGNS[row.change]} {_label(row).removeprefix(MICROSOFT)}"
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _left(lanes: dict[tuple[int, int], int]) -> int:
+    return LANE * (max(lanes.values(), default=0) + 2)
+
+
+def _least_width(rows: Sequence[RegionNode]) -> int:
+    longest = max((len(_shown(row)) for row in rows), default=0)
+    return max(NARROWEST, _left(_edges(rows)[1]) + 10 + round(CHARACTER * longest))
+
+
+def _svg(rows: Sequence[RegionNode], title: str, width: int) -> str:
+    edges, lanes = _edges(rows)
+    left = _left(lanes)
     parts = [
-        f'<svg viewBox="0 0 {width} {ROW * max(1, len(rows))}" role="img"><title>{escape(title)}</title>',
+        f'<svg viewBox="0 0 {width} {ROW * max(1, len(rows))}" style="max-width:{width}px" role="img">'
+        f"<title>{escape(title)}</title>",
         *(f'<path class="edge" d="{_path(edge, lanes.get(edge, 0), left)}"/>' for edge in edges),
     ]
-    for number, (row, text) in enumerate(zip(rows, shown, strict=True)):
+    for number, row in enumerate(rows):
         y = ROW * number + ROW // 2
         parts.append(
             f'<g class="{row.change}"><title>{escape(f"{row.change}: {_label(row)}")}</title>'
             f'<circle cx="{left}" cy="{y}" r="4"/>'
-            f'<text x="{left + 10}" y="{y + 4.5}" xml:space="preserve">{escape(text)}</text></g>'
+            f'<text x="{left + 10}" y="{y + 4.5}" xml:space="preserve">{escape(_shown(row))}</text></g>'
         )
     return "".join(parts) + "</svg>"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _span(edge: tuple[int, int]) -> int:
