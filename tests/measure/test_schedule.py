@@ -1,5 +1,6 @@
 import os
-from collections import Counter
+import random
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import tiny_models
 
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError, StageError
+from pipeline.measure.launches import seat_together
+from pipeline.measure.looks import LookPlan
 from pipeline.measure.process import StageToMeasure
-from pipeline.measure.samples import SpeedMeasurement
+from pipeline.measure.samples import Sample, SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
+from pipeline.measure.statistics import Decisions, decide, speed_figures
 from pipeline.measure.workload import Workload
 from pipeline.runtime import ExecutionSpec
 
@@ -30,6 +34,11 @@ class FakeHost:
         self.started: list[str] = []
         self.asked: list[tuple[str, str, dict[str, Any]]] = []
         self.failing: dict[tuple[str, str], int] = {}
+        self.times: dict[str, float] = {}
+        self.noise = 0.0
+        self.device_bytes: int | None = None
+        self.overrun = 1.0
+        self.random = random.Random(0)  # noqa: S311 (noise, not a secret)
         self.compiled: set[str] = set()
 
     def clock(self) -> float:
@@ -87,14 +96,19 @@ class FakeWorker:
             self.host.now += compile_s
             return {"compile_s": compile_s}
         point = fields["point"]
-        each = self.host.token_s * (point["prompt"] if point["kind"] == "prefill" else 1)
+        each = self.host.token_s * self.host.times.get(self.name, 1.0) * (1 if self.decodes(point) else point["prompt"])
         if request == "warm_up":
             self.host.now += 6 * each
-            return {"seconds": [each] * 6, "flat": True}
-        steps = 1 if point["kind"] == "prefill" else fields["steps"]
+            return {"seconds": [each] * 6, "flat": True, "device_peak_memory_bytes": self.host.device_bytes}
+        each *= self.host.overrun * (1 + self.host.noise * self.host.random.uniform(-1, 1))
+        steps = fields["steps"] if self.decodes(point) else 1
         cycles = max(1, int(fields["min_s"] / (each * steps) + 0.999))
         self.host.now += cycles * each * steps
         return {"seconds": [each] * (cycles * steps)}
+
+    @staticmethod
+    def decodes(point: dict[str, Any]) -> bool:
+        return bool(point["kind"] == "decode")
 
     def close(self) -> None:
         self.host.alive.discard(self.key)
@@ -138,11 +152,101 @@ def test_every_round_has_every_stage_and_the_baseline_twice(host: FakeHost, arti
     }
 
 
-def test_there_are_three_launches_where_the_budget_allows(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+def test_twelve_rounds_in_three_launches_decide_what_is_plain(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    host.times = {"export": 0.5, "int4": 0.25}
+    host.noise = 0.01
     measured = measure(host, artifacts)
-    assert measured.launches == 3
+    assert (measured.rounds, measured.launches, measured.looks_taken, measured.ended) == (12, 3, 1, "decided")
     assert Counter(host.started) == {"source": 6, "export": 3, "int4": 3}
     assert measured.notes == ()
+
+
+def rounds_by_launch(measured: SpeedMeasurement) -> list[int]:
+    seen: dict[int, set[int]] = defaultdict(set)
+    for sample in measured.samples:
+        seen[sample.launch].add(sample.round)
+    return [len(seen[launch]) for launch in sorted(seen)]
+
+
+def test_what_is_not_decided_is_looked_at_again_until_the_last_look(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    host.noise = 0.5
+    measured = measure(host, artifacts, looks=(4, 9, 16), budget_s=10_000)
+    assert (measured.rounds, measured.looks_taken, measured.ended) == (16, 3, "looks")
+    assert measured.plan == LookPlan.declare((4, 9, 16))
+    assert rounds_by_launch(measured) == list(measured.plan.rounds_by_launch)
+
+
+def test_it_is_looked_at_the_end_of_a_launch_and_only_after_as_many_rounds_as_were_declared(
+    host: FakeHost, artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[tuple[int, int]] = []
+
+    def spy(samples: list[Sample], **rest: Any) -> Decisions:
+        looked.append((rest["look"], len({(s.launch, s.round) for s in samples})))
+        return decide(samples, **rest)
+
+    monkeypatch.setattr("pipeline.measure.schedule.decide", spy)
+    host.noise = 0.5
+    measure(host, artifacts, looks=(4, 9, 16), budget_s=10_000)
+    assert looked == [(1, 4), (2, 9), (3, 16)]
+
+
+def test_a_lone_look_has_exactly_so_many_rounds(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    measured = measure(host, artifacts, looks=(100,), budget_s=10_000)
+    assert (measured.rounds, measured.looks_taken) == (100, 1)
+    for name in NAMES:
+        for point in WORKLOAD.points():
+            mine = [s for s in measured.samples if (s.stage, s.replica, s.point) == (name, 0, point)]
+            assert len(mine) == len({(s.launch, s.round) for s in mine}) == 100
+
+
+def test_the_plan_is_announced_before_the_first_round(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    told: list[str] = []
+    measure(host, artifacts, on_progress=lambda fraction, message: told.append(message))
+    planned = next(i for i, message in enumerate(told) if message.startswith("planned: a look after 12"))
+    assert planned < next(i for i, message in enumerate(told) if "round 1" in message)
+
+
+def test_looks_that_the_budget_does_not_hold_are_left_out_beforehand(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    host.noise = 0.5
+    measured = measure(host, artifacts, looks=(4, 9, 2000), budget_s=150)
+    assert len(measured.looks) < 4
+    assert measured.looks[:2] == (4, 9)
+    assert measured.looks[-1] < 2000
+    assert measured.ended == "looks"
+    assert measured.rounds == measured.looks[-1]
+
+
+def test_rounds_that_take_longer_than_foretold_end_with_the_budget(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    host.noise, host.overrun = 0.5, 12.0
+    measured = measure(host, artifacts, budget_s=200)
+    assert measured.ended == "budget"
+    assert measured.rounds < measured.looks[-1]
+    assert measured.wall_s <= 1.1 * 200
+
+
+def test_whole_passes_are_measured_without_prompts(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    stages = [StageToMeasure(name, artifacts[name], ExecutionSpec()) for name in NAMES]
+    measured = measure_speed(
+        stages,
+        Workload(forward=((2, 8),)),
+        baseline="source",
+        budget_s=100,
+        seed=0,
+        logs=Path("logs"),
+        clock=host.clock,
+        start_worker=host.start,
+        available_bytes=10**12,
+    )
+    assert {s.point.kind for s in measured.samples} == {"forward"}
+    assert measured.decode_tokens == {}
+    assert measured.rounds == 12
 
 
 def test_the_order_is_drawn_anew_in_each_round(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
@@ -161,12 +265,37 @@ def test_the_same_seed_gives_the_same_order(artifacts: dict[str, Artifact]) -> N
     assert measure(FakeHost(), artifacts, seed=1).samples != first.samples
 
 
-def test_a_small_budget_gives_one_launch_of_three_rounds_and_says_so(
+def test_a_budget_that_is_too_small_gives_the_least_and_says_what_one_look_takes(
     host: FakeHost, artifacts: dict[str, Artifact]
 ) -> None:
+    host.times = {"int4": 0.1}
     measured = measure(host, artifacts, budget_s=1)
     assert (measured.launches, measured.rounds) == (1, 3)
+    assert (measured.fits, measured.ended) == (False, "looks")
     assert any("one launch" in note for note in measured.notes)
+    small = next(note for note in measured.notes if "too small for one look" in note)
+    assert small.startswith("the budget of 1 s is too small for one look: 12 rounds in 3 launches would take about ")
+    assert small.endswith("planned: 3 rounds in 1 launch, which does not fit either: nothing is claimed")
+
+
+def test_what_one_look_is_said_to_take_is_enough_for_it(artifacts: dict[str, Artifact]) -> None:
+    small = next(note for note in measure(FakeHost(), artifacts, budget_s=1).notes if "too small" in note)
+    needed_s = float(small.split("would take about ")[1].split(" s;")[0])
+    assert measure(FakeHost(), artifacts, budget_s=1.05 * needed_s).looks[0] == 12
+    assert measure(FakeHost(), artifacts, budget_s=0.7 * needed_s).looks[0] < 12
+
+
+def test_nothing_is_claimed_where_the_budget_holds_not_even_the_least(artifacts: dict[str, Artifact]) -> None:
+    host = FakeHost()
+    host.times = {"int4": 0.1}
+    measured = measure(host, artifacts, budget_s=1)
+    assert not measured.fits
+    parents: dict[str, str | None] = dict.fromkeys(NAMES)
+    found = speed_figures(measured.samples, baseline="source", parents=parents, plan=measured.plan)
+    assert {p.vs_baseline.verdict for p in found.stages["int4"] if p.vs_baseline is not None} == {"faster"}
+    found = found.without_claims()
+    verdicts = [p.vs_baseline.verdict for p in found.stages["int4"] if p.vs_baseline is not None]
+    assert verdicts == ["inconclusive"] * 2
 
 
 @pytest.mark.parametrize("budget_s", [30, 60, 120, 300])
@@ -217,9 +346,56 @@ def test_a_stage_that_fails_is_out_and_the_others_go_on(
     assert host.started.count("export") == 1
 
 
-def test_samples_taken_before_a_failure_are_kept(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+def test_samples_taken_before_a_failure_are_kept_and_the_reason_says_how_many_rounds_they_are(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
     host.fail("export", "block", after=2)
-    assert sum(s.stage == "export" for s in measure(host, artifacts).samples) == 2
+    measured = measure(host, artifacts)
+    assert sum(s.stage == "export" for s in measured.samples) == 2
+    assert "after 1 round:" in measured.failures["export"]
+
+
+@pytest.mark.parametrize("request_name", ["load", "warm_up"])
+def test_a_stage_that_fails_in_a_later_launch_keeps_its_rounds(
+    host: FakeHost, artifacts: dict[str, Artifact], request_name: str
+) -> None:
+    host.fail("export", request_name, after=1 if request_name == "load" else 2)
+    measured = measure(host, artifacts)
+    assert {s.launch for s in measured.samples if s.stage == "export"} == {0}
+    assert "after 4 rounds" in measured.failures["export"]
+    assert {s.launch for s in measured.samples if s.stage == "int4"} == {0, 1, 2}
+    assert host.started.count("export") == 2
+
+
+def test_without_the_baseline_it_ends_at_the_next_look(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    host.fail("source", "load")
+    measured = measure(host, artifacts, budget_s=10_000)
+    assert set(measured.failures) == {"source"}
+    assert (measured.rounds, measured.ended) == (12, "failed")
+    assert {s.stage for s in measured.samples} == {"export", "int4"}
+
+
+def test_when_all_but_the_baseline_fail_it_ends_at_the_next_look(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    host.noise = 0.5
+    for name in ("export", "int4"):
+        host.fail(name, "warm_up")
+    measured = measure(host, artifacts, budget_s=10_000)
+    assert (measured.rounds, measured.ended) == (12, "failed")
+
+
+def test_a_stage_that_failed_keeps_nobody_from_a_decision(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    host.times = {"int4": 0.5}
+    host.fail("export", "block", after=5)
+    measured = measure(host, artifacts, budget_s=10_000)
+    assert (measured.rounds, measured.ended) == (12, "decided")
+
+
+def test_the_most_memory_on_a_device_is_kept_where_there_is_one(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    assert measure(host, artifacts, budget_s=1).device_peak_memory_bytes == {}
+    host.device_bytes = 7
+    assert measure(host, artifacts, budget_s=1).device_peak_memory_bytes == dict.fromkeys(NAMES, 7)
 
 
 def test_a_failing_second_process_of_the_baseline_does_not_fail_the_baseline(
@@ -251,6 +427,37 @@ def test_models_that_do_not_fit_together_run_beside_the_baseline_alone(
     assert any("beside source alone" in note for note in measured.notes)
 
 
+def test_groups_alternate_within_each_launch_and_all_have_the_rounds_of_the_plan(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    host.noise = 0.5
+    measured = measure(host, artifacts, available_bytes=2**30, looks=(4, 9), budget_s=10_000)
+    assert (measured.rounds, measured.looks_taken, measured.launches) == (9, 2, 3)
+    for name, replica in (("source", 1), ("export", 0), ("int4", 0)):
+        rounds = {(s.launch, s.round) for s in measured.samples if (s.stage, s.replica) == (name, replica)}
+        beside = {(s.launch, s.round) for s in measured.samples if (s.stage, s.replica) == ("source", 0)}
+        assert len(rounds) == 9
+        assert rounds < beside
+        assert {launch for launch, _ in rounds} == {0, 1, 2}
+    order = [s.launch for s in sorted(measured.samples, key=lambda s: s.started_s)]
+    assert order == sorted(order)
+
+
+def test_a_group_whose_stage_failed_is_not_started_again(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    host.fail("export", "load")
+    host.noise = 0.5
+    measured = measure(host, artifacts, available_bytes=2**30, looks=(9,), budget_s=10_000)
+    assert host.started.count("export") == 1
+    assert host.started.count("source") == 2 * 3 + 1 + 3  # with its second process, beside export, beside int4
+    assert measured.rounds == 9
+
+
+def test_memory_that_was_estimated_decides_what_fits_together(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    stages = [StageToMeasure(name, artifacts[name], ExecutionSpec(), memory_bytes=100) for name in NAMES]
+    assert len(seat_together(stages, "source", available_bytes=400)) == 1
+    assert len(seat_together(stages, "source", available_bytes=399)) == 3
+
+
 def test_the_first_load_is_cold_and_the_later_ones_are_warm(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
     measured = measure(host, artifacts)
     for name in NAMES:
@@ -259,14 +466,38 @@ def test_the_first_load_is_cold_and_the_later_ones_are_warm(host: FakeHost, arti
         assert measured.load[name].cold_s == measured.load[name].warm_s == 0.5
 
 
-def test_a_stage_that_shares_files_with_another_is_loaded_cold_while_no_one_maps_them(
+def cold_loads(measured: SpeedMeasurement) -> dict[str, int | None]:
+    return {sample.stage: sample.launch for sample in measured.load_samples if sample.cold}
+
+
+def test_of_stages_that_share_files_each_launch_loads_another_cold(
     host: FakeHost, artifacts: dict[str, Artifact]
 ) -> None:
-    shared = {"source": artifacts["source"], "again": artifacts["source"]}
+    shared = {"source": artifacts["source"], "again": artifacts["source"], "other": artifacts["export"]}
     measured = measure(host, shared)
-    assert host.started[0] == "again"
-    first = next(sample for sample in measured.load_samples if sample.stage == "again")
-    assert (first.launch, first.cold) == (None, True)
+    assert cold_loads(measured) == {"source": 0, "other": 0, "again": 1}
+    assert Counter(host.started) == {"source": 6, "again": 3, "other": 3}
+
+
+def test_a_cold_load_that_no_launch_gives_has_a_process_of_its_own_at_the_end(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    host.times = {f"copy{i}": 0.5 for i in range(4)}
+    shared = {"source": artifacts["source"]} | {f"copy{i}": artifacts["source"] for i in range(4)}
+    measured = measure(host, shared, budget_s=1000)
+    assert measured.launches == 3
+    assert sorted(map(str, cold_loads(measured).values())) == ["0", "1", "2", "None", "None"]
+    assert len(cold_loads(measured)) == 5
+    assert host.started[-2:] == ["copy2", "copy3"]
+
+
+def test_a_budget_that_holds_no_more_cold_loads_says_which_are_missing(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    measured = measure(host, {"source": artifacts["source"], "again": artifacts["source"]}, budget_s=1)
+    assert cold_loads(measured) == {"source": 0}
+    assert measured.load["again"].cold_s is None
+    assert any(note.startswith("the cold load of again was not measured") for note in measured.notes)
 
 
 def with_compiled(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
@@ -306,6 +537,35 @@ def test_a_stage_that_does_not_compile_is_out_and_the_others_go_on(
     assert {sample.stage for sample in measured.samples} == set(NAMES)
 
 
+def test_compiled_stages_that_share_files_are_all_compiled_before_the_first_round(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    one = with_compiled(artifacts)
+    measured = measure(host, one | {"compiled2": one["compiled"]}, budget_s=1)
+    assert {name: measured.load[name].cold_s for name in ("compiled", "compiled2")} == {
+        "compiled": 100.5,
+        "compiled2": 100.5,
+    }
+    assert measured.load["compiled2"].warm_s == 2.5
+
+
+def test_what_a_launch_takes_before_its_first_round_is_recorded(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    measured = measure(host, artifacts)
+    assert [s.launch for s in measured.start_ups] == list(range(measured.launches))
+    assert {(s.processes, s.load_s) for s in measured.start_ups} == {(4, 6.0)}
+    assert measured.launch_s == pytest.approx(
+        sum(measured.start_ups[0].model_dump(include={"load_s", "warm_up_s"}).values())
+    )
+
+
+def test_a_round_takes_what_was_foretold(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    measured = measure(host, artifacts, looks=(4,))
+    begun = sorted(min(s.started_s for s in measured.samples if (s.launch, s.round) == (0, n)) for n in (0, 1))
+    took = begun[1] - begun[0]
+    assert measured.round_s is not None
+    assert took <= measured.round_s <= 1.5 * took  # the fake does not spend time on what is not timed
+
+
 def test_memory_is_reported_for_each_stage(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
     assert set(measure(host, artifacts).inference_peak_memory_bytes) == set(NAMES)
 
@@ -325,6 +585,6 @@ def test_real_workers_measure_real_models(tmp_path: Path, artifacts: dict[str, A
     stages = [StageToMeasure(name, artifacts[name], ExecutionSpec()) for name in ("source", "int4")]
     measured = measure_speed(stages, WORKLOAD, baseline="source", budget_s=1, seed=0, logs=tmp_path / "logs")
     assert measured.failures == {}
-    assert measured.launches == 1
+    assert (measured.launches, measured.rounds) == (1, 3)
     assert all(sum(sample.seconds) >= 0.2 for sample in measured.samples)
     assert measured.inference_peak_memory_bytes["int4"] > 2**20
