@@ -21,7 +21,7 @@ FLOORS = [
     ["events", "evaluate"],
     ["report"],
     ["run_folder", "ablation"],
-    ["run", "reproduce"],
+    ["run", "reproduce", "diff", "diff_page"],
     ["compare", "cells"],
     ["cli", "__main__"],
 ]

@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from pipeline.cli import cache, hardware, init, passes, plan, report, reproduce, run, schema, why
+from pipeline.cli import cache, compare, diff, hardware, init, passes, plan, report, reproduce, run, schema, why
 from pipeline.cli.output import fail
 
 INTERRUPTED = 130
@@ -27,6 +27,8 @@ app.command("init")(init.init_verb)
 app.command("plan")(plan.plan_verb)
 app.command("why")(why.why_verb)
 app.command("report")(report.report_verb)
+app.command("compare")(compare.compare_verb)
+app.command("diff")(diff.diff_verb)
 app.command("reproduce")(reproduce.reproduce_verb)
 app.add_typer(passes.app, name="passes")
 app.add_typer(hardware.app, name="hardware")
