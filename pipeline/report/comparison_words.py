@@ -1,0 +1,136 @@
+"""What a comparison of two runs says in words and figures, the same in the terminal, in Markdown and in HTML."""
+
+from __future__ import annotations
+
+from pipeline.report.cells_words import signed
+from pipeline.report.comparison import ComparedSpeed, ComparedStage, Comparison, Unlike
+from pipeline.report.figures import finer_times, megabytes, number, times, times_interval
+from pipeline.report.time_chart import duration
+
+ABSENT = "–"
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """What was found, the most urgent first. What was forced stands before everything."""
+    said = []
+    if comparison.forced:
+        said.append(f"NOT COMPARABLE in {', '.join(d.what for d in comparison.forced)}; measured because of --force.")
+    for verdict in ("slower", "faster"):
+        found = [f"{s.name} ({where})" for s in comparison.stages if (where := _found(s, verdict))]
+        if found:
+            said.append(f"{verdict.capitalize()} in RUN_B: {'; '.join(found)}.")
+    worse = [s.name for s in comparison.stages if _worse(s)]
+    if worse:
+        said.append(f"Predicts worse in RUN_B: {', '.join(worse)}.")
+    undecided = [s.name for s in comparison.stages if _found(s, "inconclusive")]
+    if undecided:
+        said.append(f"Not decided: {', '.join(undecided)}.")
+    equal = [
+        s.name
+        for s in comparison.stages
+        if s.speed and all(p.ratio is not None and p.ratio.verdict == "equivalent" for p in s.speed)
+    ]
+    if equal:
+        said.append(f"As fast as in RUN_A, within {comparison.margin:.0%}: {', '.join(equal)}.".replace("%", " %"))
+    lost = [s.name for s in comparison.stages if s.status in {"failed", "absent"}]
+    if lost:
+        said.append(f"Could not be compared: {', '.join(lost)}.")
+    return said
+
+
+def _found(stage: ComparedStage, verdict: str) -> str:
+    """The workload points at which a stage got the verdict."""
+    found = [p for p in stage.speed if p.ratio is not None and p.ratio.verdict == verdict]
+    return ", ".join(f"{p.kind} {times(p.ratio.ratio)}" for p in found if p.ratio is not None)
+
+
+QUALITIES = ("identical", "equivalent", "degraded", "broken")
+
+
+def _worse(stage: ComparedStage) -> bool:
+    """Whether B's verdict against its baseline is a worse one than A's."""
+    quality = stage.quality
+    if quality is None or quality.a_verdict is None or quality.b_verdict is None:
+        return False
+    rank = {word: i for i, word in enumerate(QUALITIES)}
+    return rank[quality.b_verdict] > max(1, rank[quality.a_verdict])  # identical and equivalent are both well
+
+
+def point_in_words(point: ComparedSpeed) -> str:
+    if point.kind == "forward":
+        return f"forward, {point.batch} × {point.prompt}"
+    new = f" + {point.new_tokens}" if point.new_tokens else ""
+    return f"{point.kind}, prompt {point.prompt}{new}, batch {point.batch}"
+
+
+def ratio_in_words(point: ComparedSpeed) -> tuple[str, str]:
+    """(the ratio, its interval)."""
+    if point.ratio is None:
+        return ABSENT, ""
+    return times(point.ratio.ratio), times_interval(point.ratio.ratio, point.ratio)
+
+
+def claim(point: ComparedSpeed, stage: ComparedStage) -> str:
+    """The verdict, with all that a reader has to know before believing it."""
+    if point.ratio is None:
+        return point.reason or "not known"
+    ratio = point.ratio
+    told: list[str] = [ratio.verdict]
+    if ratio.verdict == "inconclusive" and ratio.rounds_to_decide:
+        told.append(f"about {ratio.rounds_to_decide} rounds would decide")
+    if not point.paired:
+        told.append(f"unpaired, from {point.runs_in_history} runs")
+    if stage.same_artifact and ratio.verdict in {"faster", "slower"}:
+        told.append("though it is the same artifact: this is noise that the intervals do not cover")
+    return ", ".join(told)
+
+
+def basis(point: ComparedSpeed) -> str:
+    """What the ratio rests on."""
+    if not point.paired:
+        return "unpaired"
+    return f"{point.rounds} rounds, {point.launches} launch{'es' if point.launches != 1 else ''}"
+
+
+def times_of(point: ComparedSpeed) -> tuple[str, str]:
+    """(A's median time, B's)."""
+    return tuple(ABSENT if t is None else duration(t) for t in (point.a_latency_s, point.b_latency_s))  # type: ignore[return-value]
+
+
+def quality_in_words(stage: ComparedStage) -> tuple[str, str]:
+    """(the ratio of perplexities, verdicts or why there is none)."""
+    quality = stage.quality
+    if quality is None:
+        return ABSENT, "not measured in both runs"
+    verdicts = f"{quality.a_verdict or 'baseline'} → {quality.b_verdict or 'baseline'}"
+    if quality.perplexity_ratio is None:
+        return ABSENT, f"{verdicts}; {quality.reason}" if quality.reason else verdicts
+    figures = f"{number(quality.a_perplexity, '.3f')} → {number(quality.b_perplexity, '.3f')}"
+    return finer_times(quality.perplexity_ratio), f"{figures}, {verdicts}"
+
+
+def artifact_in_words(stage: ComparedStage) -> str:
+    if stage.same_artifact:
+        return "the same artifact"
+    a, b = stage.size_bytes
+    return f"{megabytes(a)} → {megabytes(b)}"
+
+
+def difference_in_words(unlike: Unlike) -> str:
+    here = f"; {unlike.here} here" if unlike.here is not None else ""
+    return f"{unlike.what}: {unlike.a} in RUN_A, {unlike.b} in RUN_B{here}"
+
+
+def floors_in_words(comparison: Comparison) -> list[str]:
+    """The schedule's baseline against itself, by workload point."""
+    return [f"{point}: {signed(low)} to {signed(high)} %" for point, (low, high) in comparison.noise_floor.items()]
+
+
+def schedule_in_words(comparison: Comparison) -> str:
+    if comparison.baseline is None:
+        return "Nothing was measured again."
+    launches = f"{comparison.launches} launch{'es' if comparison.launches != 1 else ''}"
+    return (
+        f"{comparison.rounds} rounds in {launches} within {comparison.budget_s:g} s, "
+        f"{comparison.baseline.removeprefix('a.')} of RUN_A in each; a ratio above 1 means that RUN_B's is faster."
+    )
