@@ -56,6 +56,12 @@ class AblationPlan:
         """The stages that are compared: not those in the middle of a chain."""
         return {baseline, self.end, *(variant.end for variant in self.variants if variant.end is not None)}
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """What has to be decided: the whole chain against each that lacks a pass, where they are two."""
+        ends = dict.fromkeys(variant.end for variant in self.variants if variant.end is not None)
+        return [(self.end, end) for end in ends]
+
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe with the extra stages; its gates, its export and how it is evaluated are as they were."""
         return recipe.model_copy(update={"stages": list(self.stages)})
@@ -160,10 +166,8 @@ def with_contributions(
     extra = {stage.name for stage in plan.extra}
     lost = {stage.name: stage for stage in report.stages if stage.name in extra and _failed(stage)}
 
-    pairs = len({variant.end for variant in plan.variants if variant.end is not None})
-
     def compare(without: str) -> tuple[PairedSpeed, ...]:
-        return () if speed is None else paired_speed(speed, whole.name, without, comparisons=pairs)
+        return () if speed is None else paired_speed(speed, whole.name, without, comparisons=len(plan.pairs))
 
     contributions = tuple(_contribution(variant, whole, report, results, compare) for variant in plan.variants)
     stages = tuple(stage for stage in report.stages if stage.name not in lost)

@@ -252,6 +252,7 @@ def _compare(
             seats |= {seat.name: seat for seat in found if isinstance(seat, StageToMeasure)}
     notes = []
     baseline = None
+    both = [(new, old) for old, new in (pair.seats for pair in pairs if pair.name not in missing)]
     if seats:
         base = a.report.stage(a.report.baseline)
         seat = _seat(f"a.{base.name}", base, a, store)
@@ -275,14 +276,14 @@ def _compare(
             logs=logs,
             looks=wanted.looks,
             margin=wanted.margin,
-            parents=dict.fromkeys(seats),
+            pairs=both,
             on_progress=lambda fraction, message: events.measuring(f"speed, {fraction:.0%} {message}"),
         )
         notes += measured.notes
     figures = _medians(measured)
     history = _History(a, b) if missing else None
     stages = [
-        _stage(pair, a, b, measured, figures, missing=missing.get(pair.name), history=history, count=len(pairs))
+        _stage(pair, a, b, measured, figures, missing=missing.get(pair.name), history=history, count=len(both))
         for pair in pairs
     ]
     names = [{stage.name for stage in run.report.stages} for run in (a, b)]

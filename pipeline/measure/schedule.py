@@ -10,7 +10,7 @@ timed block.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from pipeline.measure.looks import LEAST_ROUNDS, MARGIN, LookPlan
 from pipeline.measure.process import StageToMeasure, StartWorker, Worker
 from pipeline.measure.record import Record
 from pipeline.measure.samples import Sample, SpeedMeasurement
-from pipeline.measure.statistics import decide
+from pipeline.measure.statistics import Verdict, compare_stages, decide
 from pipeline.measure.workload import Point, Workload
 
 LOOKS = (12, 30, 80, 200)
@@ -50,6 +50,7 @@ def measure_speed(
     looks: Sequence[int] = LOOKS,
     margin: float = MARGIN,
     parents: Mapping[str, str | None] | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
     on_progress: Progress = lambda fraction, message: None,
     clock: Callable[[], float] = time.monotonic,
     start_worker: StartWorker = Worker,
@@ -63,8 +64,9 @@ def measure_speed(
     is a part of the load time that the budget does not count.
 
     `logs` gets one log a stage. A stage that fails is left out from there on and its reason returned; the others go
-    on. `parents` names the stage that each was made from. Where the models do not fit into `available_bytes` (default:
-    what the host has free) together, each stage runs beside the baseline alone.
+    on. `parents` names the stage that each was made from. With `pairs`, those comparisons of one stage with another
+    are what has to be decided, instead of those with the baseline. Where the models do not fit into `available_bytes`
+    (default: what the host has free) together, each stage runs beside the baseline alone.
 
     Raises: PipelineError where no stage has the baseline's name, or two have the same.
     """
@@ -88,6 +90,7 @@ def measure_speed(
         groups=groups,
         baseline=baseline,
         parents=parents or dict.fromkeys(names),
+        pairs=pairs,
         declared=LookPlan.declare(looks, margin),
         budget_s=budget_s,
         seed=seed,
@@ -107,6 +110,7 @@ class _Schedule:
     groups: Sequence[Group]
     baseline: str
     parents: Mapping[str, str | None]
+    pairs: Sequence[tuple[str, str]]
     declared: LookPlan
     budget_s: float
     seed: int
@@ -294,14 +298,37 @@ class _Schedule:
         if self.baseline not in alive or (len(self.stages) > 1 and alive == {self.baseline}):
             self.ended = "failed"
             return True
-        samples, look = self.record.samples, self.looks_taken
-        found = decide(samples, baseline=self.baseline, parents=self.parents, plan=self.plan, look=look)
-        open_questions = [c for c in found.comparisons if c.verdict == "inconclusive" and c.stage in alive]
-        self._tell(f"{len(open_questions)} of {len(found.comparisons)} comparisons are not decided")
-        if open_questions or not self.fits:
+        verdicts = self._verdicts_on_pairs(alive) if self.pairs else self._verdicts(alive)
+        undecided = verdicts.count("inconclusive")
+        self._tell(f"{undecided} of {len(verdicts)} comparisons are not decided")
+        if undecided or not self.fits:
             return False
         self.ended = "decided"
         return True
+
+    def _verdicts(self, alive: Set[str]) -> list[Verdict]:
+        """The verdicts on all stages against the baseline."""
+        assert self.plan is not None
+        samples, look = self.record.samples, self.looks_taken
+        found = decide(samples, baseline=self.baseline, parents=self.parents, plan=self.plan, look=look)
+        return [comparison.verdict for comparison in found.comparisons if comparison.stage in alive]
+
+    def _verdicts_on_pairs(self, alive: Set[str]) -> list[Verdict]:
+        """The verdicts on the pairs that were asked for."""
+        found = [
+            compare_stages(
+                self.record.samples,
+                stage,
+                other,
+                baseline=self.baseline,
+                plan=self.plan,
+                looks_taken=self.looks_taken,
+                comparisons=len(self.pairs),
+            )
+            for stage, other in self.pairs
+            if {stage, other} <= alive
+        ]
+        return [ratio.verdict for ratios in found for ratio in ratios.values()]
 
     def _holds_a_launch(self) -> bool:
         """Whether another launch and a round fit into the budget."""
