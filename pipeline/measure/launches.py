@@ -117,6 +117,7 @@ class Launcher:
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)  # noqa: S311 (an order, not a secret)
+        self._launch = 0
 
     def start(self, group: Group, launch: int, *, number: int = 0, groups: int = 1, launches: int = 1) -> Crew:
         """The crew of the `number`-th group, without those that fail. They are left out of later launches, too.
@@ -124,7 +125,7 @@ class Launcher:
         So many `groups` and `launches`, as far as is known, share the time for warm-ups.
         """
         seats = [seat for seat in group if seat.stage.name not in self.record.failures]
-        crew = Crew(launch, group)
+        crew, self._launch = Crew(launch, group), launch
         try:
             began = self.clock()
             starting = self._import_side_by_side(seats, launch, crew.processes)
@@ -288,7 +289,7 @@ class Launcher:
         crew.estimates = {key: seconds for key, seconds in crew.estimates.items() if key[0] in crew.workers}
 
     def _fail(self, seat: Seat, reason: str) -> None:
-        self.record.fail(seat.stage.name, seat.replica, reason)
+        self.record.fail(seat.stage.name, seat.replica, self._launch, reason)
 
 
 def _raise_to(peaks: dict[str, int], name: str, value: int) -> None:

@@ -24,7 +24,7 @@ class Record:
     unloadable: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def fail(self, stage: str, replica: int, reason: str) -> None:
+    def fail(self, stage: str, replica: int, launch: int, reason: str) -> None:
         """Leave the stage out from here on; without the baseline's second process only the noise is unknown.
 
         Its rounds so far stay: they were as good as the others', and the reason says how many they are.
@@ -35,7 +35,7 @@ class Record:
         done = {(s.launch, s.round) for s in self.samples if s.stage == stage and not s.replica}
         if done:
             rounds = f"{len(done)} round" + ("s" if len(done) > 1 else "")
-            reason = f"it failed in launch {max(launch for launch, _ in done) + 1} or later, after {rounds}: {reason}"
+            reason = f"it failed in launch {launch + 1}, after {rounds}: {reason}"
         self.failures[stage] = reason
 
     def load_times(self, stages: Iterable[str]) -> dict[str, LoadTimes]:
