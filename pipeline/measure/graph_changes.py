@@ -31,6 +31,9 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 OUTSIDE = ""
 """The place of what belongs to no layer."""
 
+TELLING = frozenset({"bits", "block_size", "perm", "to"})
+"""Attributes that come first."""
+
 IMPLIED = frozenset({"K", "N"})
 """Attributes that the weights' shapes say."""
 
@@ -308,7 +311,7 @@ def _detail(node: ir.Node, opsets: Mapping[str, int], *, attributes: bool = True
         return " ".join(weights)
     told = [
         f"{name}={_value(node, attribute)}"
-        for name, attribute in sorted(node.attributes.items())
+        for name, attribute in sorted(node.attributes.items(), key=lambda item: (item[0] not in TELLING, item[0]))
         if name not in IMPLIED and not is_default(node, attribute, opsets)
     ]
     return " ".join([*told[:MOST_ATTRIBUTES], *weights])

@@ -29,9 +29,30 @@ PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
 
 
 def newly_quantized(before: Collection[ir.Model], after: Collection[ir.Model]) -> tuple[int, int] | None:
-    """(products quantized in `after` beyond those of `before`, products by constant weights in `before`)."""
-    done = _count_where(after, _is_quantized) - _count_where(before, _is_quantized)
-    return (done, _count_where(before, _has_constant_weight)) if done > 0 else None
+    """(products that are quantized in `after` as none was in `before`, those of `before` that could have been).
+
+    These are the products by constant weights, and where quantized ones were quantized anew, those, too. None where
+    nothing was quantized.
+    """
+    old, new = _quantized(before), _quantized(after)
+    done = (new - old).total()
+    if done == 0:
+        return None
+    anew = (old - new).total() > 0
+    return done, _count_where(before, _has_constant_weight) + (old.total() if anew else 0)
+
+
+def _quantized(models: Collection[ir.Model]) -> Counter[tuple[object, ...]]:
+    """Quantized products by how they are: operator, data type of the weights, bits, block size."""
+    found: Counter[tuple[object, ...]] = Counter()
+    for model in models:
+        for node in nodes_in(model):
+            if _is_quantized(node):
+                weights = [_origin(value).const_value for value in node.inputs[:2] if value is not None]
+                types = [tensor.dtype.name for tensor in weights if tensor is not None]
+                sizes = (node.attributes.get_int("bits", 0), node.attributes.get_int("block_size", 0))
+                found[node.domain, node.op_type, *types, *sizes] += 1
+    return found
 
 
 def _count_where(models: Collection[ir.Model], test: Callable[[ir.Node], bool]) -> int:
