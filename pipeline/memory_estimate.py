@@ -84,6 +84,7 @@ class ModelSize(Frozen):
     dtype: str = Field("float32", description="data type of activations and cache")
     decoder: Decoder | None = Field(None, description="None where the configuration does not say")
     logits_to_keep: bool = Field(True, description="a prompt gives the logits of its last position alone")
+    has_cache: bool = Field(True, description="it keeps keys and values; without, it knows whole passes only")
     prepacked: bool = Field(False, description="weights are stored as they are computed with, and so stay mapped")
 
     def weights(self, kind: str) -> Weights:
@@ -133,6 +134,8 @@ class Load(NamedTuple):
     batch: int
     prompt: int
     new_tokens: int
+    whole: bool = False
+    """A pass without a cache, which gives the logits of all positions."""
 
 
 # --- what a model is -------------------------------------------------------------------------------------------------
@@ -148,6 +151,7 @@ def size_of_artifact(artifact: Artifact) -> ModelSize:
         dtype=cache.dtype if cache else dtype,
         decoder=decoder_of(artifact.read_json("config.json")),
         logits_to_keep=artifact.format == "torch" or manifest.interface.logits_to_keep is not None,
+        has_cache=artifact.format == "torch" or cache is not None,
     )
     tensors = {name: ref for part in manifest.components.values() for name, ref in part.tensors.items()}
     if not tensors and artifact.format == "onnx":  # the graph keeps its weights inside: as products in float32
@@ -288,8 +292,9 @@ def activation_bytes(model: ModelSize, load: Load, *, device: str = "cpu") -> in
     """The peak of a prompt's forward pass beside weights and cache; None where the model's sizes are not known.
 
     Attention scores [B, heads, S, S], three tensors of the MLP's width [B, S, I] and four of the hidden width
-    [B, S, H], and the logits [B, S, V] in float32. An ONNX graph returns a new cache beside the one that it was given.
-    In half precision, oneDNN lays the largest weight out anew for torch, and widens it, too, for more than one row.
+    [B, S, H], and the logits [B, S, V] in float32. An ONNX graph with a cache returns a new one beside the one that it
+    was given. In half precision, oneDNN lays the largest weight out anew for torch, and widens it, too, for more than
+    one row.
     """
     decoder = model.decoder
     if decoder is None:
@@ -298,9 +303,9 @@ def activation_bytes(model: ModelSize, load: Load, *, device: str = "cpu") -> in
     tokens = load.batch * load.prompt
     scores = load.batch * decoder.heads * load.prompt * load.prompt
     hidden = tokens * (3 * decoder.intermediate + 4 * decoder.hidden)
-    logits = (load.batch if model.logits_to_keep else tokens) * decoder.vocab * 4
+    logits = (load.batch if model.logits_to_keep and not load.whole else tokens) * decoder.vocab * 4
     cache = 0
-    if model.format == "onnx":
+    if model.format == "onnx" and model.has_cache and not load.whole:
         length = load.prompt + load.new_tokens
         cache = kv_cache_bytes(decoder, batch=load.batch, length=length, dtype=model.dtype)
     scratch = 0
@@ -372,7 +377,9 @@ def predict_memory(
     if model.decoder is not None:
         found = list(loads)
         cache = max(
-            kv_cache_bytes(model.decoder, batch=x.batch, length=x.prompt + x.new_tokens, dtype=model.dtype)
+            0
+            if x.whole or not model.has_cache
+            else kv_cache_bytes(model.decoder, batch=x.batch, length=x.prompt + x.new_tokens, dtype=model.dtype)
             for x in found
         )
         activations = max(activation_bytes(model, load, device=device) or 0 for load in found)

@@ -149,11 +149,14 @@ def make_plan(
             stage, recipe, planned, store=store, registry=registry, profile=profile, host=host
         )
     cores = [host.physical_cores] if profile.physical_cores is None else [host.physical_cores, profile.physical_cores]
-    predicted, writes, doubts = _predictions(planned, recipe, source, store=store, registry=registry, profile=profile)
+    sizes, predicted, writes, doubts = _predictions(
+        planned, recipe, source, store=store, registry=registry, profile=profile
+    )
+    _check_caches(recipe, sizes)
     stages_with_memory = [
         s.model_copy(update={"predicted": predicted[s.name], "writes_bytes": writes[s.name]}) for s in planned.values()
     ]
-    obstacles = [] if force else _memory_obstacles(stages_with_memory, profile, host)
+    obstacles = [] if force else _memory_obstacles(stages_with_memory, recipe, profile, host)
     return Plan(
         recipe=recipe.name,
         stages=tuple(stages_with_memory),
@@ -189,6 +192,22 @@ def _check_workload(recipe: Recipe, source: Source) -> None:
             f"the model has {source.max_length}",
             location=recipe.location("evaluate", "workload", "prompt_lengths"),
         )
+
+
+def _check_caches(recipe: Recipe, sizes: Mapping[str, ModelSize]) -> None:
+    """Raises: RecipeError where a stage is to be asked for prompts and single tokens and has no cache for them."""
+    if recipe.evaluate.workload.forward is not None:
+        return
+    for name, size in sizes.items():
+        if not size.has_cache:
+            index = next((stage.index for stage in recipe.stages if stage.name == name), None)
+            where = ("model",) if index is None else ("passes", index)
+            raise RecipeError(
+                f"the graph of the stage {name!r} has no key-value cache, which prompts and single tokens need",
+                location=recipe.location(*where),
+                hint="measure whole passes: `workload: {forward: [[1, 128]]}` under `evaluate:`, which is [batch, "
+                "length]; or take a graph with a cache",
+            )
 
 
 def digest_of(value: Any) -> str:
@@ -387,11 +406,11 @@ def _predictions(
     store: Store,
     registry: Registry,
     profile: HardwareProfile,
-) -> tuple[dict[str, PredictedMemory], dict[str, int], list[str]]:
-    """(memory of each stage, bytes that it writes, why a pass could not foresee its own)."""
+) -> tuple[dict[str, ModelSize], dict[str, PredictedMemory], dict[str, int], list[str]]:
+    """(size of each stage's model, its memory, the bytes that it writes, why a pass could not foresee its own)."""
     wanted = recipe.evaluate.workload
     if wanted.forward is not None:
-        loads = [Load(batch, length, 0) for batch, length in wanted.forward]
+        loads = [Load(batch, length, 0, whole=True) for batch, length in wanted.forward]
     else:
         longest = max(wanted.new_token_counts)
         loads = [Load(b, p, longest) for b in wanted.batch_sizes for p in wanted.prompt_lengths]
@@ -420,7 +439,7 @@ def _predictions(
         sizes[name] = prediction.model
         capacity = profile.memory_bytes
         predicted[name] = predict_memory(prediction, loads, device=profile.device, capacity_bytes=capacity)
-    return predicted, writes, doubts
+    return sizes, predicted, writes, doubts
 
 
 def _written_bytes(before: ModelSize, prediction: Prediction) -> int:
@@ -441,27 +460,46 @@ def _source_size(stage: PlannedStage, source: Source, store: Store) -> ModelSize
     return size_of_artifact(artifact or source_artifact(source, store))
 
 
-def _memory_obstacles(stages: Sequence[PlannedStage], profile: HardwareProfile, host: Host) -> list[str]:
-    """Every stage is made, if it is not there, and loaded to be measured: both have to fit into the free memory."""
-    free = host.available_memory_bytes
+def _memory_obstacles(
+    stages: Sequence[PlannedStage], recipe: Recipe, profile: HardwareProfile, host: Host
+) -> list[str]:
+    """Every stage is made, if it is not there, and loaded to be measured: both have to fit into the free memory.
+
+    On a GPU it is the GPU's memory that running has to fit into.
+    """
     found = []
+    running = f"running it with {_largest_work(recipe)}"
+    gpu = next((gpu.memory_bytes for gpu in host.gpus), None) if profile.device == "cuda" else None
     for stage in stages:
         memory = stage.predicted
         if memory is None:
             continue
         needs = []
         if stage.status != "cached" and memory.conversion_bytes is not None:
-            needs.append(("making it", memory.conversion_bytes))
+            needs.append(("making it", memory.conversion_bytes, host.available_memory_bytes, "this host has"))
         if profile.device == "cpu":
-            needs.append(("running it", _bytes_to_run(memory)))
-        for what, needed in needs:
-            if needed > free:
+            needs.append((running, _bytes_to_run(memory), host.available_memory_bytes, "this host has"))
+        elif gpu is not None:
+            needs.append((running, _bytes_to_run(memory), gpu, f"{host.gpus[0].name} has"))
+        for what, needed, room, holder in needs:
+            if needed > room:
+                free = " free" if room == host.available_memory_bytes else ""
                 found.append(
-                    f"{stage.name}: {what} takes about {_readable(needed)} of memory, by estimate, and this host has "
-                    f"{_readable(free)} free; --force tries"
+                    f"{stage.name}: {what} takes about {_readable(needed)} of memory, by estimate, and {holder} "
+                    f"{_readable(room)}{free}; --force tries"
                 )
                 break
     return found
+
+
+def _largest_work(recipe: Recipe) -> str:
+    """The largest batch and length of the workload, in words."""
+    wanted = recipe.evaluate.workload
+    if wanted.forward is not None:
+        batch, length = max(wanted.forward, key=lambda shape: shape[0] * shape[1])
+    else:
+        batch, length = max(wanted.batch_sizes), max(wanted.prompt_lengths) + max(wanted.new_token_counts)
+    return f"a batch of {batch} and {length:,} tokens each"
 
 
 def _does_not_fit(stages: Sequence[PlannedStage], profile: HardwareProfile) -> list[str]:

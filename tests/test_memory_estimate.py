@@ -458,3 +458,22 @@ def test_a_pass_that_fails_to_foresee_stops_no_plan_and_is_told(store: Store, mo
 def test_a_pass_that_says_nothing_is_assumed_to_hold_its_parent_twice() -> None:
     model = size_of_config(LLAMA_7B, dtype="bfloat16")
     assert unknown_conversion_bytes(model) == pytest.approx(2 * model.weights_bytes, abs=5 * 10**8)
+
+
+def test_a_whole_pass_keeps_no_cache_and_has_the_logits_of_all_positions() -> None:
+    model = size_of_config(
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "vocab_size": 300,
+            "intermediate_size": 96,
+        }
+    )
+    prompt, whole = Load(2, 100, 0), Load(2, 100, 0, whole=True)
+    found = predict_memory(Prediction(model=model), [whole])
+    assert found.kv_cache_bytes == 0
+    more = (activation_bytes(model, whole) or 0) - (activation_bytes(model, prompt) or 0)
+    assert more == 2 * 99 * 300 * 4
+    graph = model.model_copy(update={"format": "onnx", "logits_to_keep": False, "has_cache": False})
+    assert predict_memory(Prediction(model=graph), [prompt]).kv_cache_bytes == 0

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.errors import HostError, PipelineError, RecipeError
 from pipeline.hardware import HardwareProfile, Host, describe_host, load_profile
+from pipeline.hardware.host import Gpu
 from pipeline.models import find_source
 from pipeline.plan import Plan, make_plan, select_stages
 from pipeline.plugin import Registry
@@ -199,3 +200,67 @@ def test_until_and_only_exclude_each_other() -> None:
 def test_a_stage_that_is_not_there_cannot_be_chosen() -> None:
     with pytest.raises(RecipeError, match="did you mean 'branch'"):
         chosen(only="brunch")
+
+
+WHOLE = """
+version: 1
+name: x
+model:
+  architecture: {type: llama, hidden_size: 64, num_attention_heads: 4, intermediate_size: 96, num_hidden_layers: 2,
+    vocab_size: 300, max_position_embeddings: 64}
+hardware: local
+passes:
+  - pass: export_onnx
+    cache: false
+  - pass: onnxoptimizer
+evaluate:
+  workload: {forward: [[2, 16]]}
+"""
+
+
+def plan_of_architecture(store: Store, *overrides: str, **changes: Any) -> Plan:
+    recipe = recipe_from_text(WHOLE, file="r.yaml", folder=Path(), overrides=overrides)
+    host: Host = changes.pop("host", describe_host())
+    assert recipe.model.architecture is not None
+    source = find_source(
+        "architecture", "llama", relative_to=Path(), architecture=recipe.model.architecture.model_dump()
+    )
+    profile: HardwareProfile = changes.pop("profile", load_profile("local", host=host))
+    return make_plan(recipe, source=source, store=store, registry=Registry(), profile=profile, host=host, **changes)
+
+
+def test_graphs_without_a_cache_go_with_whole_passes(store: Store) -> None:
+    made = plan_of_architecture(store)
+    memory = {stage.name: stage.predicted for stage in made.stages}
+    assert all(found is not None and found.kv_cache_bytes == 0 for found in memory.values())
+
+
+def test_a_stage_without_a_cache_is_refused_where_prompts_and_single_tokens_are_asked_for(store: Store) -> None:
+    with pytest.raises(RecipeError, match="graph of the stage 'export_onnx' has no key-value cache") as caught:
+        plan_of_architecture(store, "evaluate.workload={prompt_lengths: [16], new_tokens: 8}")
+    assert "r.yaml:9" in str(caught.value)
+    assert "forward" in str(caught.value)
+
+
+def test_whole_passes_may_not_be_longer_than_the_model(store: Store) -> None:
+    with pytest.raises(RecipeError, match="a sequence of 65 tokens takes as many positions; the model has 64"):
+        plan_of_architecture(store, "evaluate.workload.forward=[[1, 8], [1, 65]]")
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_told_with_the_numbers_unless_forced(store: Store) -> None:
+    host = describe_host().model_copy(update={"available_memory_bytes": 64 * 10**9})
+    assert not plan_of_architecture(store, host=host).obstacles
+    batch = "evaluate.workload.forward=[[1000000, 64]]"
+    with pytest.raises(
+        HostError, match=r"running it with a batch of 1000000 and 64 tokens each takes about .* GB .* has 64\.0 GB free"
+    ):
+        plan_of_architecture(store, batch, host=host).require_runnable()
+    plan_of_architecture(store, batch, host=host, force=True).require_runnable()
+
+
+def test_on_a_gpu_it_is_the_gpus_memory_that_running_has_to_fit_into(store: Store) -> None:
+    gpu = Gpu(name="Some GPU", memory_bytes=8 * 10**9, driver="1")
+    host = describe_host().model_copy(update={"gpus": (gpu,), "available_memory_bytes": 10**15})
+    profile = load_profile("local", host=describe_host()).model_copy(update={"device": "cuda", "name": "gpu"})
+    made = plan_of_architecture(store, "evaluate.workload.forward=[[100000, 64]]", host=host, profile=profile)
+    assert any("Some GPU has 8.0 GB; --force tries" in obstacle for obstacle in made.obstacles)

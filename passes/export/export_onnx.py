@@ -131,7 +131,9 @@ class ExportOnnx(Pass):
         Comparing with torch widens half-precision weights to float32, of which the head and a matrix of each layer's
         MLP were seen to be in memory at once.
         """
-        after = model.model_copy(update={"format": "onnx", "dtype": "float32", "logits_to_keep": False})
+        after = model.model_copy(
+            update={"format": "onnx", "dtype": "float32", "logits_to_keep": False, "has_cache": params.cache}
+        )
         decoder = model.decoder
         memory = TRACING_BYTES + TRACING_BYTES_PER_LAYER * (decoder.layers if decoder else 0)
         if params.verify and decoder and model.linear.dtype in ("float16", "bfloat16"):

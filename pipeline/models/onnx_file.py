@@ -58,8 +58,9 @@ FOREIGN = {
 """Inputs that tell what a graph is instead."""
 
 EXPECTED = (
-    "expected: input_ids [batch, sequence]; past_key_values.N.key and .value [batch, heads, past, size]; logits "
-    "[batch, sequence, vocabulary]; present.N.key and .value; attention_mask and position_ids where it needs them"
+    "expected: input_ids [batch, sequence]; logits [batch, sequence, vocabulary]; attention_mask and position_ids "
+    "where it needs them; for a cache, past_key_values.N.key and .value [batch, heads, past, size], and present.N.key "
+    "and .value"
 )
 
 
@@ -81,7 +82,7 @@ class OnnxFile:
 def read_onnx_file(path: Path, companions: dict[str, Path]) -> OnnxFile:
     """Read the graph's header, its interface and the places of its weights.
 
-    Raises: RecipeError where it is no causal language model with a key-value cache, or its weights are not there.
+    Raises: RecipeError where it is no causal language model, or its weights are not there.
     """
     try:
         header = read_onnx_header(path)
@@ -118,7 +119,7 @@ def onnx_artifact(found: OnnxFile, companions: dict[str, Path], store: Store) ->
 
 
 def read_interface(header: OnnxHeader, path: Path, companions: dict[str, Path]) -> Interface:
-    """Roles, cache and limits of a causal language model's graph.
+    """Roles, cache and limits of a causal language model's graph. One that takes no cache is called without.
 
     Raises: RecipeError where the graph is none, or nothing says how long a sequence may be.
     """
@@ -127,9 +128,7 @@ def read_interface(header: OnnxHeader, path: Path, companions: dict[str, Path]) 
 
     def refuse(why: str) -> RecipeError:
         found = f"inputs {_listing(header.inputs)}; outputs {_listing(header.outputs)}"
-        return RecipeError(
-            f"{path} is not a causal language model with a key-value cache: {why}", hint=f"{found}\n  {EXPECTED}"
-        )
+        return RecipeError(f"{path} is not a causal language model: {why}", hint=f"{found}\n  {EXPECTED}")
 
     for name, what in FOREIGN.items():
         if name in inputs:
@@ -140,9 +139,10 @@ def read_interface(header: OnnxHeader, path: Path, companions: dict[str, Path]) 
     if "logits" not in outputs:
         raise refuse("it has no output logits")
     past, present = _cache_names(header.inputs), _cache_names(header.outputs)
-    if not past or not present:
-        missing = "inputs past_key_values.N.key" if not past else "outputs present.N.key"
-        raise refuse(f"it has no {missing}: without a cache every token costs a whole prompt")
+    if not past:
+        present = {}  # what a first pass would leave for a second graph
+    elif not present:
+        raise refuse("it takes a cache, and has no outputs present.N.key that make one")
     if past.keys() != present.keys() or past.keys() != {(i, p) for i in range(len(past) // 2) for p in "kv"}:
         raise refuse(f"its cache has {len(past)} inputs and {len(present)} outputs that do not go together")
     keep = next((name for name in KEEP if name in inputs), None)
@@ -155,7 +155,7 @@ def read_interface(header: OnnxHeader, path: Path, companions: dict[str, Path]) 
     if keep is None and logits.shape is not None and len(logits.shape) == 3 and logits.shape[1] == 1:
         raise refuse("it gives the logits of the last position only, and quality is measured on all of them")
     config = _configs(companions)
-    cache = _cache_layout(past, config, refuse)
+    cache = _cache_layout(past, config, refuse) if past else None
     vocabulary = logits.shape[-1] if logits.shape else None
     vocab_size = vocabulary if isinstance(vocabulary, int) else config.vocab_size
     if vocab_size is None:

@@ -55,7 +55,7 @@ class Model(Part):
     builtin: str | None = Field(None, description="a model that ships with the package, such as llama2-tiny")
     path: str | None = Field(None, description="a model folder, relative to the recipe")
     huggingface: str | None = Field(None, description="a hub id, OWNER/NAME")
-    onnx: str | None = Field(None, description="an ONNX file of a causal language model with a key-value cache")
+    onnx: str | None = Field(None, description="an ONNX file of a causal language model")
     architecture: Architecture | None = Field(
         None, description="random weights of an architecture: {type: llama, hidden_size: 512, …, seed: 0}"
     )
