@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from pipeline.artifact import Artifact, Frozen
 from pipeline.errors import PipelineError, StageError
 from pipeline.measure.process import StageToMeasure, StartWorker, Worker, WorkerProcess
 from pipeline.runtime import ExecutionSpec
-from pipeline.runtime.layer_outputs import HEAD, LayerOutputs, Place, open_layers
+from pipeline.runtime.layer_outputs import EMBEDDING, HEAD, LayerOutputs, Place, open_layers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,7 @@ class LayerDifference(Frozen):
     layer: str
     relative_error: float | None
     added: float | None = Field(
-        default=None, description="norm of what the difference gained in this layer, over the norm of the reference's"
+        default=None, description="relative error where the layer is given what the reference's was: its own"
     )
     attention: float | None = Field(default=None, description="relative error of what attention adds to the stream")
     mlp: float | None = Field(default=None, description="relative error of what the feed-forward part adds")
@@ -164,11 +165,10 @@ def answer_layers(artifact: Artifact, spec: ExecutionSpec, work: LayersWork) -> 
     import numpy as np
 
     tokens = np.load(work.tokens)
-    model = open_layers(artifact, spec)
     folder = Path(work.folder)
     if work.is_reference:
-        return {"tokens": keep_values(model, tokens, folder)}
-    return compare_values(model, tokens, folder)
+        return {"tokens": keep_values(open_layers(artifact, spec), tokens, folder)}
+    return compare_values(lambda fed: open_layers(artifact, spec, fed=fed), tokens, folder)
 
 
 INDEX = "index.json"
@@ -199,70 +199,86 @@ def keep_values(model: LayerOutputs, tokens: np.ndarray, folder: Path) -> int:
     return done * int(tokens.shape[1])
 
 
-def compare_values(model: LayerOutputs, tokens: np.ndarray, folder: Path) -> dict[str, Any]:
-    """A LayerDivergence's fields but for the reference's name: the model against the values that `keep_values` wrote.
+def compare_values(opened: Callable[[bool], LayerOutputs], tokens: np.ndarray, folder: Path) -> dict[str, Any]:
+    """A LayerDivergence's fields but for the reference's name: a model against the values that `keep_values` wrote.
+
+    `opened` loads the model, to run as it is or to be fed. It runs twice: as it is, for how far errors have come at
+    each layer, and with every layer fed with what the reference's layer was given, for what each does by itself.
 
     Raises: PipelineError where not one layer is the reference's, too.
     """
-    import numpy as np
-
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    passages = index["passages"]
-    length = tokens.shape[1]
-    kept = {
-        Place(entry["layer"], entry["part"]): np.memmap(
-            folder / _file_name(Place(entry["layer"], entry["part"])),
-            "<f4",
-            "r",
-            shape=(passages * length, entry["width"]),
-        )
-        for entry in index["places"]
-    }
-    errors: dict[Place, _Mean] = {}
-    gains: dict[Place, _Mean] = {}
-    before: np.ndarray | None = None
-    begin = 0
-
-    def compare(place: Place, values: np.ndarray) -> None:
-        nonlocal before
-        reference = kept.get(place)
-        values = _columns(place, values)
-        if reference is None or values.shape != (length, reference.shape[1]):
-            return
-        expected = reference[begin : begin + length].astype(np.float64)
-        difference = values - expected  # [S, width]
-        errors.setdefault(place, _Mean()).add(_by_token(difference, expected))
-        if place.part == "output" and place.layer != HEAD:
-            gained = difference if before is None else difference - before
-            gains.setdefault(place, _Mean()).add(_by_token(gained, expected))
-            before = difference
-
-    for passage in tokens[:passages]:
-        before = None
-        model.run(passage, compare)
-        begin += length
-    whole = {place: mean.value for place, mean in errors.items() if mean.count == passages * length}
+    kept, passages = read_values(folder, tokens.shape[1])
+    tokens = tokens[:passages]
+    errors = _errors(opened(False), tokens, kept)
     theirs = [place for place in kept if place.is_layer and place.part == "output"]
-    ours = [place for place in theirs if place in whole]
+    ours = [place for place in theirs if place in errors]
     if not ours:
         raise PipelineError(f"none of the reference's {len(theirs)} layers is found in it with the same width")
+    alone: dict[Place, float | None] = {}
+    if len(ours) == len(theirs) and Place(EMBEDDING) in errors:
+        alone = _errors(opened(True), tokens, kept, fed=True)
     layers = tuple(
         LayerDifference(
             layer=place.layer,
-            relative_error=whole[place],
-            added=gains[place].value if place in gains else None,
-            attention=whole.get(Place(place.layer, "attention")),
-            mlp=whole.get(Place(place.layer, "mlp")),
+            relative_error=errors[place],
+            added=alone.get(place),
+            attention=errors.get(Place(place.layer, "attention")),
+            mlp=errors.get(Place(place.layer, "mlp")),
         )
         for place in kept
-        if place.part == "output" and place in whole
+        if place.part == "output" and place in errors
     )
     return {
-        "tokens": passages * length,
+        "tokens": tokens.size,
         "matched": (len(ours), len(theirs)),
         "layers": [layer.model_dump() for layer in layers],
         "first": first_layer(layers),
         "most": most_layer(layers),
+    }
+
+
+def read_values(folder: Path, length: int) -> tuple[dict[Place, np.ndarray], int]:
+    """(values [tokens, width] of every place, mapped; the number of passages of `length` tokens that they are of)."""
+    import numpy as np
+
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    kept: dict[Place, np.ndarray] = {}
+    for entry in index["places"]:
+        place = Place(entry["layer"], entry["part"])
+        shape = (index["passages"] * length, entry["width"])
+        kept[place] = np.memmap(folder / _file_name(place), "<f4", "r", shape=shape)
+    return kept, index["passages"]
+
+
+def _errors(
+    model: LayerOutputs, tokens: np.ndarray, kept: Mapping[Place, np.ndarray], *, fed: bool = False
+) -> dict[Place, float | None]:
+    """Relative error of every place that was seen in all of tokens [passages, length]; None: not finite."""
+    import numpy as np
+
+    length = tokens.shape[1]
+    sums: dict[Place, float] = {}
+    counts: Counter[Place] = Counter()
+    begin = 0
+
+    def reference(place: Place) -> np.ndarray:
+        return kept[place][begin : begin + length]
+
+    def compare(place: Place, values: np.ndarray) -> None:
+        values = _columns(place, values)
+        if place not in kept or values.shape != (length, kept[place].shape[1]):
+            return
+        expected = reference(place).astype(np.float64)
+        sums[place] = sums.get(place, 0.0) + float(_by_token(values - expected, expected).sum())
+        counts[place] += length
+
+    for passage in tokens:
+        model.run(passage, compare, reference if fed else None)
+        begin += length
+    return {
+        place: sums[place] / tokens.size if math.isfinite(sums[place]) else None
+        for place in sums
+        if counts[place] == tokens.size
     }
 
 
@@ -284,37 +300,20 @@ def first_layer(layers: Sequence[LayerDifference]) -> str | None:
 def most_layer(layers: Sequence[LayerDifference]) -> str | None:
     """The layer that added most to the difference; the first whose values are not finite, where there is one.
 
-    The head's share cannot be told from what it was given: it counts where its error is at least FLOOR and JUMP times
-    the largest before it. None where nothing differs.
+    Where it is not known what each does by itself, the one at which the error grew most. None where nothing differs.
     """
     if lost := next((layer.layer for layer in layers if layer.relative_error is None), None):
         return lost
-    inner = [layer for layer in layers if layer.layer != HEAD]
-    head = next((_size(layer.relative_error) for layer in layers if layer.layer == HEAD), 0.0)
-    if head >= max(FLOOR, *(JUMP * _size(layer.relative_error) for layer in inner)):
-        return HEAD
-    most = max(inner, key=lambda layer: layer.added or 0.0, default=None)
-    return most.layer if most is not None and most.added else None
+    added = {layer.layer: layer.added for layer in layers}
+    if any(value is None for value in added.values()):
+        errors = [_size(layer.relative_error) for layer in layers]
+        added = {layer.layer: now - then for layer, then, now in zip(layers, [0.0, *errors], errors, strict=False)}
+    most = max(added, key=lambda name: _size(added[name]), default=None)
+    return most if most is not None and _size(added[most]) > 0 else None
 
 
 def _size(error: float | None) -> float:
     return math.inf if error is None else error
-
-
-class _Mean:
-    """A mean over tokens; None where one of them is not finite."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sum = 0.0
-
-    def add(self, values: np.ndarray) -> None:
-        self.count += len(values)
-        self._sum += float(values.sum())
-
-    @property
-    def value(self) -> float | None:
-        return self._sum / self.count if math.isfinite(self._sum) else None
 
 
 def _by_token(difference: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import ONNX_FILE, Artifact, FileEntry, Interface
 from pipeline.errors import PipelineError
-from pipeline.runtime.layer_outputs import EMBEDDING, HEAD, Place, Take
+from pipeline.runtime.layer_outputs import EMBEDDING, HEAD, Place, Stream, Take
 from pipeline.runtime.onnxruntime import OnnxRuntimeRunner
 from pipeline.runtime.protocol import ExecutionSpec
 
@@ -53,12 +53,12 @@ class Joint:
 
 
 class OnnxLayers:
-    """A session whose graph also gives out what lies between its layers.
+    """A session whose graph also gives out what lies between its layers, or takes it in.
 
     Raises: PipelineError where the graph has no residual stream, or does not load.
     """
 
-    def __init__(self, artifact: Artifact, spec: ExecutionSpec) -> None:
+    def __init__(self, artifact: Artifact, spec: ExecutionSpec, *, fed: bool = False) -> None:
         import onnx
 
         entry = artifact.component.files.get(ONNX_FILE)
@@ -67,28 +67,34 @@ class OnnxLayers:
         model = onnx.load(artifact.locate(entry), load_external_data=False)
         config = artifact.read_json("config.json")
         self._places = watch_layers(model.graph, artifact.interface, config.get("num_hidden_layers"))
+        streams = {p: value for p, value in self._places.items() if p.part == "output" and p.layer != HEAD}
+        self._fed = feed_layers(model.graph, streams) if fed else {}
         data = model.SerializeToString()
         with tempfile.TemporaryDirectory(prefix="layers-") as folder:
             path = Path(folder) / ONNX_FILE
             path.write_bytes(data)
-            self._runner = OnnxRuntimeRunner(_with_graph(artifact, path, data), spec)
+            self._runner = OnnxRuntimeRunner(_with_graph(artifact, path, data, self._fed.values()), spec)
 
-    def run(self, tokens: np.ndarray, take: Take) -> None:
+    def run(self, tokens: np.ndarray, take: Take, stream: Stream | None = None) -> None:
         """One pass over a sequence [S] from an empty cache; `take` is called in the order of the model."""
         names = list(self._places.values())
-        for place, value in zip(self._places, self._runner.values(tokens[None], names), strict=True):
+        given = {} if stream is None else {name: stream(place)[None] for place, name in self._fed.items()}
+        for place, value in zip(self._places, self._runner.values(tokens[None], names, given), strict=True):
             if value.ndim == 3:  # [B, S, width]
                 take(place, value[0])
             elif value.ndim == 2:  # a graph that folds batch and sequence into one
                 take(place, value)
 
 
-def _with_graph(artifact: Artifact, path: Path, data: bytes) -> Artifact:
-    """The artifact with another graph over the same weights."""
+def _with_graph(artifact: Artifact, path: Path, data: bytes, inputs: Iterable[str]) -> Artifact:
+    """The artifact with another graph over the same weights, which has these inputs, too."""
     entry = FileEntry(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data), path=str(path))
     (name, component), *_ = artifact.manifest.components.items()
     component = component.model_copy(update={"files": {**component.files, ONNX_FILE: entry}})
-    return Artifact(artifact.manifest.model_copy(update={"components": {name: component}}), artifact.blobs)
+    roles = {**artifact.interface.inputs, **{f"stream.{given}": given for given in inputs}}
+    interface = artifact.interface.model_copy(update={"inputs": roles})
+    manifest = artifact.manifest.model_copy(update={"components": {name: component}, "interface": interface})
+    return Artifact(manifest, artifact.blobs)
 
 
 def watch_layers(graph: Any, interface: Interface, layers: int | None = None) -> dict[Place, str]:
@@ -116,6 +122,58 @@ def watch_layers(graph: Any, interface: Interface, layers: int | None = None) ->
         if name not in known:
             graph.output.add().name = name
     return places
+
+
+def feed_layers(graph: Any, streams: Mapping[Place, str]) -> dict[Place, str]:
+    """Have all that takes a stream's value take an input of the graph instead: place -> the input's name, float32.
+
+    A fused norm that also makes the sum is parted: the norm takes the input, and the sum stays what it was.
+    """
+    from onnx import TensorProto, helper
+
+    names: dict[str, str] = {}  # of a stream's value -> what is taken instead
+    for value in streams.values():
+        names[value] = f"{value}.fed"
+        given = helper.make_tensor_value_info(f"{value}.given", TensorProto.FLOAT, [None, None, None])
+        graph.input.append(given)
+    nodes = []
+    for node in graph.node:
+        _take_instead(node, names)
+        nodes.append(node)
+        for value in [name for name in node.output if name in names]:
+            # in the data type of the value itself, whatever that is
+            nodes.append(helper.make_node("CastLike", [f"{value}.given", value], [names[value]]))
+            if (which := SUMS.get(node.op_type)) and node.output[which] == value and node.output[0]:
+                nodes.append(_norm_alone(node, names[value]))
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    return {place: f"{value}.given" for place, value in streams.items()}
+
+
+def _take_instead(node: Any, names: Mapping[str, str]) -> None:
+    for place, name in enumerate(node.input):
+        if name in names:
+            node.input[place] = names[name]
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                _take_instead(inner, names)
+
+
+def _norm_alone(node: Any, stream: str) -> Any:
+    """The norm of a node that adds and normalizes, over `stream`; the node's own norm gets another name."""
+    from onnx import helper
+
+    simplified = node.op_type == "SkipSimplifiedLayerNormalization"
+    given = [stream, node.input[2]]
+    if not simplified and len(node.input) > 3 and node.input[3]:
+        given.append(node.input[3])  # beta
+    settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    kind = "SimplifiedLayerNormalization" if simplified else "LayerNormalization"
+    norm = helper.make_node(kind, given, [node.output[0]], axis=-1, epsilon=settings.get("epsilon", 1e-12))
+    node.output[0] = f"{node.output[0]}.unused"
+    return norm
 
 
 def _by_layer(joints: Sequence[Joint], layers: int | None) -> Iterator[tuple[int, list[Joint]]]:

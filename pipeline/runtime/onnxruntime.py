@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -106,22 +106,28 @@ class OnnxRuntimeRunner:
         import onnxruntime  # noqa: F401
 
     @staticmethod
-    def layers(artifact: Artifact, spec: ExecutionSpec) -> LayerOutputs:
-        """The artifact, loaded so that it shows what lies between its layers.
+    def layers(artifact: Artifact, spec: ExecutionSpec, *, fed: bool = False) -> LayerOutputs:
+        """The artifact, loaded so that it shows what lies between its layers, or is fed there.
 
         Raises: PipelineError where no layers are found in its graph, or it does not load.
         """
         from pipeline.runtime.onnx_layers import OnnxLayers
 
-        return OnnxLayers(artifact, spec)
+        return OnnxLayers(artifact, spec, fed=fed)
 
-    def values(self, tokens: ArrayLike, names: Iterable[str]) -> list[np.ndarray]:
-        """These outputs of the graph as float32, after a pass over [B, S] from an empty cache, which keeps nothing."""
+    def values(
+        self, tokens: ArrayLike, names: Iterable[str], given: Mapping[str, np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        """These outputs of the graph as float32, after a pass over [B, S] from an empty cache, which keeps nothing.
+
+        `given` are inputs of the graph that the interface does not name.
+        """
         ids = as_tokens(tokens)
         _, length = self._sequence.check_prompt(ids)
         self.reset()
+        feeds = self._feeds(ids, keep=length) | {name: _ort_value(array) for name, array in (given or {}).items()}
         try:
-            found = self._session.run_with_ort_values(list(names), self._feeds(ids, keep=length))
+            found = self._session.run_with_ort_values(list(names), feeds)
         except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
             raise PipelineError(f"ONNX Runtime failed on tokens {list(ids.shape)}: {error}") from error
         return [_positions(value, slice(None)) for value in found]

@@ -192,14 +192,14 @@ class TorchRunner:
         self.reset()
 
     @staticmethod
-    def layers(artifact: Artifact, spec: ExecutionSpec) -> LayerOutputs:
-        """The artifact, loaded so that it shows what lies between its layers.
+    def layers(artifact: Artifact, spec: ExecutionSpec, *, fed: bool = False) -> LayerOutputs:
+        """The artifact, loaded so that it shows what lies between its layers, or is fed there.
 
         Raises: PipelineError where its layers cannot be seen, or it does not load.
         """
         from pipeline.runtime.torch_layers import TorchLayers
 
-        return TorchLayers(artifact, spec)
+        return TorchLayers(artifact, spec, fed=fed)
 
     @property
     def model(self) -> Any:
