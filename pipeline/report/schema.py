@@ -187,7 +187,9 @@ class Effect(Part):
     nodes: tuple[int | None, int | None] | None = Field(None, description="before, after; null for torch")
     operators: dict[str, tuple[int, int]] = Field(default_factory=dict, description="those whose number changed")
     rules: dict[str, tuple[int, int]] = Field(default_factory=dict, description="rule -> done, of")
-    weights_quantized: tuple[int, int] | None = Field(None, description="done, of")
+    weights_quantized: tuple[int, int] | None = Field(
+        None, description="products newly quantized, of those by constant weights that could have been"
+    )
     weights_changed: tuple[int, int] | None = Field(None, description="torch: tensors with other bytes, of all")
     casts: tuple[int, int] | None = Field(None, description="Cast nodes before, after; null for torch")
     slow_nodes: tuple[SlowNodes, ...] = Field((), description="of the stage's own graph, whoever made them")
@@ -215,7 +217,8 @@ class Roofline(Part):
     """Bytes and operations counted from the artifact, against what the host can do. Computed, never measured."""
 
     bytes_per_token: int | None = Field(
-        None, description="read from memory for one decoded token; sequences of a batch share the reading of the weights"
+        None,
+        description="read from memory for one decoded token; sequences of a batch share the reading of the weights",
     )
     flops_per_token: int | None = Field(None, description="of one decoded token; a multiply-add counts two")
     prefill_flops_per_token: int | None = Field(None, description="of one token of a prompt, or of a whole pass")
@@ -237,7 +240,7 @@ class LayerError(Part):
     layer: str = Field(description="embedding, layer 0 …: the residual stream after it; head: the logits")
     relative_error: float | None
     added: float | None = Field(
-        None, description="the part of the difference that was not there before the layer; head: null"
+        None, description="relative error where the layer is given what the reference's was: its own; null: not known"
     )
     attention: float | None = Field(None, description="relative error of what attention adds; null: not seen")
     mlp: float | None = Field(None, description="relative error of what the feed-forward part adds; null: not seen")
