@@ -16,6 +16,10 @@ CHARACTER = 0.68
 """Mean width of a character over the height of the font."""
 
 
+MOST_LINES = 12
+"""Lines that a label may stand above or below its point, to which a leader then joins it."""
+
+
 class Tick(NamedTuple):
     at: float
     """Percent of the axis."""
@@ -114,7 +118,7 @@ def rate_axis(values: Iterable[float]) -> Axis:
     high = max([v for v in values if math.isfinite(v)], default=1.0) or 1.0
     axis = Axis(0.0, high * 1.04, False)
     step = _nice_step(high, 3)
-    return axis._replace(ticks=_spaced(axis, [i * step for i in range(int(high * 1.04 / step) + 1)], 20.0, "rate"))
+    return axis._replace(ticks=_spaced(axis, [i * step for i in range(int(high * 1.04 / step) + 1)], 42.0, "rate"))
 
 
 def whisker(axis: Axis, figure: Ratio | Interval) -> Whisker | None:
@@ -196,7 +200,7 @@ def _label(
     """(x, y, anchor, box) of the first place around the point that is free, else of the least covered one."""
     (x, y), (width, line), gap = point, size, 11.0
     candidates = []
-    for lift in (0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 3.0):
+    for lift in (0.0, *(sign * step for step in range(1, MOST_LINES + 1) for sign in (-1.0, 1.0))):
         middle = y + lift * line
         candidates.append((x + gap, middle, "start", (x + gap, middle - line / 2, x + gap + width, middle + line / 2)))
         candidates.append((x - gap, middle, "end", (x - gap - width, middle - line / 2, x - gap, middle + line / 2)))

@@ -100,6 +100,8 @@ def times_interval(ratio: float, figure: Bounded, margin: float = MARGIN) -> str
 def ratio_digits(ratio: float) -> int:
     if abs(ratio - 1) < 0.1:
         return 3
+    if 0 < ratio < 0.1:
+        return _digits_for_three(ratio)
     return 2 if ratio < 10 else 1 if ratio < 100 else 0
 
 

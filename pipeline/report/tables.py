@@ -39,9 +39,9 @@ class Column(NamedTuple):
 ROOFLINE = (
     Column(">bytes a token", lambda _, r: megabytes(r.bytes_per_token)),
     Column(">operations a token", lambda _, r: thousands(r.flops_per_token)),
-    Column(">of a prompt", lambda _, r: thousands(r.prefill_flops_per_token)),
-    Column(">bandwidth used (MBU)", lambda _, r: percent(r.mbu)),
-    Column(">arithmetic used (MFU)", lambda _, r: _with_type(r)),
+    Column(">of a prompt's", lambda _, r: thousands(r.prefill_flops_per_token)),
+    Column(">MBU", lambda _, r: percent(r.mbu)),
+    Column(">MFU", lambda _, r: _with_type(r)),
     Column(">target: decode at most", lambda _, r: _limit(r.target.decode_tokens_per_s_limit if r.target else None)),
     Column(">prefill at most", lambda _, r: _limit(r.target.prefill_tokens_per_s_limit if r.target else None)),
     Column("bound by", lambda _, r: (r.target.bound_by if r.target else None) or ABSENT),
@@ -95,8 +95,12 @@ def _other_changes(found: Contribution) -> tuple[str, str, str]:
     return (
         ABSENT if found.perplexity_ratio is None else finer_times(found.perplexity_ratio),
         number(kl, "+.2g").replace("-", "−"),
-        ABSENT if size is None else ("−" if size < 0 else "+") + megabytes(abs(size)),
+        ABSENT if size is None else ("−" if size < 0 else "+") + _bytes(abs(size)),
     )
+
+
+def _bytes(size: int) -> str:
+    return megabytes(size) if size >= 1e6 else f"{thousands(size)}B"
 
 
 def _roofline_note(report: Report, found: list[Roofline]) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from pipeline.report.columns import Column, name_lines, table
 from pipeline.report.effects import effect_in_words
 from pipeline.report.figures import (
     duration,
@@ -136,33 +135,38 @@ def _speeds_at(point: Speed, report: Report, width: int) -> RenderableType:
         else f"{report.baseline} did not run against itself, so nothing is claimed"
     )
     narrow = width < NARROW
-    table = _table("stage")
-    time_only, rate_only = narrow and point.kind == "forward", narrow and point.kind != "forward"
-    columns = ["tokens/s"] * (not time_only) + [TIME_WORDS[point.kind]] * (not rate_only) + [f"× {report.baseline}"]
-    told_alone = "tokens/s" if point.kind == "forward" else TIME_WORDS[point.kind]  # the other one's inverse
-    for column in columns:
-        table.add_column(column, justify="right")
-        if not narrow and column != told_alone:
-            table.add_column("95 %", justify="right")
-    table.add_column("verdict")
+    time = TIME_WORDS[point.kind]
+    told_alone = "tokens/s" if point.kind == "forward" else time  # its interval is that of the other one
+    shown = [n for n in ("tokens/s", time) if not (narrow and n == told_alone)]
+    shown.append(f"×\u00a0{report.baseline}")
+    columns = [Column("stage")]
+    for name in shown:
+        columns += [Column(name)] if narrow or name == told_alone else [Column(name), Column("95 %")]
+    columns.append(Column("verdict", "words"))
     for stage, own in here:
-        speed, time, ratio = own.tokens_per_s, own.latency_s, own.vs_baseline
-        pairs = {
-            "tokens/s": (rate(speed.median), rate_interval(speed.median, speed)),
-            TIME_WORDS[point.kind]: (duration(time.median), duration_interval(time.median, time)),
-            columns[-1]: (times(ratio.ratio), times_interval(ratio.ratio, ratio, margin_of(report)))
-            if ratio
-            else ("–", "–"),
-        }
-        if narrow:
-            cells = ["\n".join(dict.fromkeys(pairs[column])) for column in columns]
-        else:
-            cells = [c for column in columns for c in pairs[column][: 1 if column == told_alone else 2]]
-        table.add_row(_name(stage.name, width, 4 if narrow else 6), *cells, _verdict(stage, own, report))
+        cells = [name_lines(stage.name, width // (4 if narrow else 6))]
+        pairs = _speed_cells(own, report)
+        for name in shown:
+            pair = pairs[name]
+            cells += ["\n".join(dict.fromkeys(pair))] if narrow else pair[: 1 if name == told_alone else 2]
+        _add(columns, *cells, _verdict(stage, own, report))
     title = f"{point_in_words(point)} ({counts_in_words([p for _, p in here])}; {noise})"
     flagged = [f"{s.name} {words}" for s, p in here if (words := outliers_in_words(p))]
-    shown = _titled(title, table)
-    return Group(shown, Text(f"kept, but far from the others: {'; '.join(flagged)}")) if flagged else shown
+    parts: list[RenderableType] = [_titled(title, table(columns, width))]
+    if flagged:
+        parts.append(Text(f"kept, but far from the others: {'; '.join(flagged)}"))
+    return Group(*parts)
+
+
+def _speed_cells(point: Speed, report: Report) -> dict[str, tuple[str, str]]:
+    """Figures and their intervals by the names of their columns."""
+    speed, time, ratio = point.tokens_per_s, point.latency_s, point.vs_baseline
+    over = (times(ratio.ratio), times_interval(ratio.ratio, ratio, margin_of(report))) if ratio else ("–", "–")
+    return {
+        "tokens/s": (rate(speed.median), rate_interval(speed.median, speed)),
+        TIME_WORDS[point.kind]: (duration(time.median), duration_interval(time.median, time)),
+        f"×\u00a0{report.baseline}": over,
+    }
 
 
 def _verdict(stage: StageReport, point: Speed, report: Report) -> str:
@@ -186,10 +190,8 @@ def _quality(report: Report, width: int) -> RenderableType | None:
     if not scored:
         return None
     random = has_random_weights(report)
-    table = _table("stage")
-    for column in ("KL", "top-1") if random else ("perplexity", f"× {report.baseline}", "95 %", "KL", "top-1"):
-        table.add_column(column, justify="right", overflow="fold")
-    table.add_column("verdict")
+    names = ("KL", "top-1") if random else ("perplexity", f"×\u00a0{report.baseline}", "95 %", "KL", "top-1")
+    columns = [Column("stage"), *map(Column, names), Column("verdict", "words")]
     for stage in report.stages:
         if stage.quality is None:
             continue
@@ -203,8 +205,9 @@ def _quality(report: Report, width: int) -> RenderableType | None:
         verdict = "baseline" if stage.name == report.baseline else "–"
         if paired:
             verdict = _styled(paired.verdict) + (f": {escape(paired.reason)}" if paired.reason else "")
-        table.add_row(
-            _name(stage.name, width),
+        _add(
+            columns,
+            name_lines(stage.name, width // 4),
             *(() if random else perplexity),
             number(paired.kl_divergence, ".2g") if paired else "–",
             percent(paired.top1_agreement) if paired else "–",
@@ -214,7 +217,7 @@ def _quality(report: Report, width: int) -> RenderableType | None:
         title = f"agreement with {report.baseline} on {scored:,} tokens (random weights: perplexity means nothing)"
     else:
         title = f"quality on {scored:,} held-out tokens"
-    return _titled(title, table)
+    return _titled(title, table(columns, width))
 
 
 def _roofline(report: Report, width: int) -> RenderableType | None:
@@ -229,29 +232,27 @@ def _ablation(report: Report, width: int) -> RenderableType | None:
 
 def _figures(found: Figures, width: int) -> RenderableType:
     """A table of words under its title and above its note."""
-    table = _table()
-    for name in found.header:
-        right = name.startswith(">")
-        table.add_column(name.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    columns = [Column(n.removeprefix(">"), "figure" if n.startswith(">") else "words") for n in found.header]
+    columns[0].kind = "figure"  # names keep the lines that they are given
     for first, *cells in found.rows:
-        table.add_row(_name(first, width), *map(escape, cells))
-    return Group(_titled(found.title[:1].lower() + found.title[1:], table), Text(found.note, style="dim"))
+        _add(columns, name_lines(first, width // 4), *map(escape, cells))
+    shown = _titled(found.title[:1].lower() + found.title[1:], table(columns, width))
+    return Group(shown, Text(found.note, style="dim"))
 
 
 def _resources(report: Report, width: int) -> RenderableType | None:
     if all(stage.artifact is None for stage in report.stages):
         return None
     device = any(s.device_peak_memory_bytes is not None for s in report.stages)
-    table = _table("stage")
-    columns = ["size", "load cold", "warm", "memory", "made in", "with memory", "adds to store"]
-    for column in [*columns[:4], *(["on device"] if device else []), *columns[4:]]:
-        table.add_column(column, justify="right", overflow="fold")
+    names = ["size", "load cold", "warm", "memory", "made in", "with memory", "adds to store"]
+    columns = [Column(name) for name in ("stage", *names[:4], *(["on device"] if device else []), *names[4:])]
     for stage in report.stages:
         if stage.artifact is None:
             continue
         load = stage.load
-        table.add_row(
-            _name(stage.name, width),
+        _add(
+            columns,
+            name_lines(stage.name, width // 4),
             megabytes(stage.artifact.size_bytes),
             seconds(load.cold_s if load else None),
             seconds(load.warm_s if load else None),
@@ -261,15 +262,15 @@ def _resources(report: Report, width: int) -> RenderableType | None:
             megabytes(stage.cost.peak_memory_bytes),
             megabytes(stage.artifact.unique_bytes),
         )
-    return _titled("what each model takes to run, and what it took to make", table)
+    return _titled("what each model takes to run, and what it took to make", table(columns, width))
 
 
 def _changes(report: Report, width: int) -> RenderableType:
-    table = _table("stage", "pass", "status", "what it changed")
+    columns = [Column("stage"), Column("pass", "left"), Column("status", "left"), Column("what it changed", "words")]
     for stage in report.stages:
-        row = (_name(stage.name, width), _name(stage.pass_, width), _styled(stage.status))
-        table.add_row(*row, escape(effect_in_words(stage)))
-    return _titled("stages", table)
+        names = (name_lines(stage.name, width // 4), name_lines(stage.pass_, width // 4))
+        _add(columns, *names, _styled(stage.status), escape(effect_in_words(stage)))
+    return _titled("stages", table(columns, width))
 
 
 def _in_words(report: Report, width: int) -> RenderableType:
@@ -286,59 +287,44 @@ def _in_words(report: Report, width: int) -> RenderableType:
 def _predictions(report: Report, width: int) -> RenderableType | None:
     if all(stage.predicted_memory is None for stage in report.stages):
         return None
-    table = _table("stage")
-    for column in ("to run: estimated", "measured", "to make: estimated", "measured"):
-        table.add_column(column, justify="right", overflow="fold")
-    table.add_column("target")
+    names = ("stage", "to run: estimated", "measured", "to make: estimated", "measured")
+    columns = [*map(Column, names), Column("target", "words")]
     for stage in report.stages:
         predicted = stage.predicted_memory
         if predicted is None:
             continue
         fits = {True: "fits", False: "does not fit", None: "–"}[predicted.fits]
-        table.add_row(
-            _name(stage.name, width),
+        _add(
+            columns,
+            name_lines(stage.name, width // 4),
             megabytes(predicted.inference_bytes),
             megabytes(stage.inference_peak_memory_bytes),
             megabytes(predicted.conversion_bytes),
             megabytes(stage.cost.peak_memory_bytes),
             fits,
         )
-    return _titled("memory, as estimated before anything ran, and as measured", table)
+    return _titled("memory, as estimated before anything ran, and as measured", table(columns, width))
 
 
 def _gates(report: Report, width: int) -> RenderableType | None:
     if not report.gates:
         return None
-    table = _table("gate", "result")
-    table.add_column("deciding value", justify="right")
+    columns = [Column("gate", "words"), Column("result", "left"), Column("deciding value")]
     for gate in report.gates:
-        table.add_row(escape(gate.gate), _styled(gate.result), gate_value(gate.observed))
+        _add(columns, escape(gate.gate), _styled(gate.result), gate_value(gate.observed))
     reasons = [f"{escape(g.gate)}: {escape(g.reason)}" for g in report.gates if g.reason]
-    shown = _titled("gates", table)
+    shown = _titled("gates", table(columns, width))
     return Group(shown, Text.from_markup("\n".join(reasons))) if reasons else shown
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")  # what does not fit goes on below, never to "…"
-    return table
+def _add(columns: list[Column], *cells: str) -> None:
+    for column, cell in zip(columns, cells, strict=True):
+        column.cells.append(cell)
 
 
-def _titled(title: str, table: Table) -> RenderableType:
-    """The table under its title; rich would break a title to the table's width."""
-    return Group(Text(title, style="bold"), table)
-
-
-def _name(name: str, width: int, share: int = 4) -> str:
-    """A name in lines of at most the width over `share`, broken behind underscores where it has any."""
-    room = max(12, width // share)
-    lines = [""]
-    for part in name.replace("_", "_\0").split("\0"):
-        if len(lines[-1]) + len(part) > room and lines[-1]:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(map(escape, lines))
+def _titled(title: str, shown: RenderableType) -> RenderableType:
+    """A table under its title; rich would break a title to the table's width."""
+    return Group(Text(title, style="bold"), shown)
 
 
 def _styled(word: str) -> str:

@@ -20,7 +20,7 @@ from pipeline.report.figures import (
 from pipeline.report.points import KINDS, apart, speed_at
 from pipeline.report.schema import BreakEven, Divergence, QualityRatio, Ratio, Report, Speed, StageReport
 from pipeline.report.speed_words import speed_clauses
-from pipeline.report.verdicts import is_contradicted, is_idle, margin_of
+from pipeline.report.verdicts import is_contradicted, is_idle, margin_of, over_parent
 
 MOST_NAMES = 3
 """Stages that a headline names; the rest is counted."""
@@ -227,6 +227,7 @@ def _fastest(report: Report, kind: str) -> str:
         return ""
     where = apart(entered[0][1], report)
     at = f" ({where})" if where else ""
+    work = "forward pass" if kind == "forward" else kind
     winners = sorted((e for e in entered if e[0].verdict == "faster"), key=lambda e: -e[0].ratio)
     if not winners:
         words = {"equivalent": "as fast as", "slower": "slower than", "inconclusive": "inconclusive against"}
@@ -234,13 +235,13 @@ def _fastest(report: Report, kind: str) -> str:
         if len(verdicts) == 1:
             names = _listed([s.name for _, _, s in entered])
             be = "is" if len(entered) == 1 else "are"
-            return f"No faster {kind}{at}: {names} {be} {words[entered[0][0].verdict]} {report.baseline}."
-        return f"No stage was shown to be faster than {report.baseline} in {kind}{at}."
+            return f"No faster {work}{at}: {names} {be} {words[entered[0][0].verdict]} {report.baseline}."
+        return f"No stage was shown to be faster than {report.baseline} in {work}{at}."
     ratio, point, best = winners[0]
     # one whose own verdict is inconclusive may be faster still
     others = sorted((e for e in entered if e[2].name != best.name), key=lambda e: -e[0].ratio)
     tied = [s.name for r, _, s in others if r.high >= ratio.low and not _decided(point, best, s)]
-    line = f"Fastest {kind}{at}: {best.name}, {times(ratio.ratio)} {report.baseline} "
+    line = f"Fastest {work}{at}: {best.name}, {times(ratio.ratio)} {report.baseline} "
     line += f"({times_interval(ratio.ratio, ratio, margin_of(report))})"
     if kind == front_kind(report):
         line += f", {_price(best, report)}"
@@ -271,10 +272,15 @@ def _contradictions(report: Report) -> list[str]:
     timed = [s for s in report.stages if any(is_contradicted(s, p, report) for p in s.speed or ())]
     told = [s for s in report.stages if contradiction(s)]
     lines = []
-    if timed:
-        than = f"was timed faster or slower than {timed[0].parent}" if len(timed) == 1 else "were not timed so"
-        names = _listed([s.name for s in timed])
-        lines.append(f"Contradiction: {names} changed nothing, and yet {than}; nothing in the model explains it.")
+    for stage in timed[:MOST_NAMES]:
+        ratios = [over_parent(stage, p, report) for p in stage.speed or () if is_contradicted(stage, p, report)]
+        verdicts = " and ".join(dict.fromkeys(r.verdict for r in ratios if r is not None))
+        lines.append(
+            f"Contradiction: {stage.name} changed nothing, and yet was timed {verdicts} than {stage.parent}; "
+            "nothing in the model explains it."
+        )
+    if len(timed) > MOST_NAMES:
+        lines.append(f"{len(timed) - MOST_NAMES} more stages that changed nothing were not timed so.")
     lines += [f"Contradiction: {s.name}: {contradiction(s)}." for s in told[:MOST_NAMES]]
     if len(told) > MOST_NAMES:
         lines.append(f"{len(told) - MOST_NAMES} more stages tell of other changes than were found.")

@@ -11,13 +11,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from every_case import HOSTILE, LONG, rich_report
+from every_case import HOSTILE, LONG, forward_report, rich_report
 
-from pipeline.report.html import render_html, speed_csv, tree, unbroken
+from pipeline.report.html import render_html
 from pipeline.report.schema import Report
+from pipeline.report.speed_csv import speed_csv
+from pipeline.report.speed_panels import tiles
+from pipeline.report.stage_cards import tree, unbroken
 
 GOLDEN = Path(__file__).parent / "golden.html"
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"meta", "br", "img", "link", "input", "hr", "wbr"}
 
 
 class Page(HTMLParser):
@@ -136,11 +139,11 @@ def test_hostile_names_stay_in_their_place(rich: Report) -> None:
 
 def test_styles_hold_nothing_but_numbers(page: Page) -> None:
     assert page.styles
-    assert all(re.fullmatch(r"((left|width|margin-top):-?[\d.]+(%|px);?)+", style) for style in page.styles)
+    assert all(re.fullmatch(r"((left|width|max-width|margin-top):-?[\d.]+(%|px);?)+", style) for style in page.styles)
 
 
-def test_twelve_stages_stay_below_a_megabyte_and_a_half(rich: Report) -> None:
-    assert len(rich.stages) == 12
+def test_thirteen_stages_stay_below_a_megabyte_and_a_half(rich: Report) -> None:
+    assert len(rich.stages) == 13
     assert len(render_html(rich).encode()) < 1_500_000
 
 
@@ -170,6 +173,9 @@ def test_random_weights_are_said_to_make_perplexity_meaningless() -> None:
     text = Page(render_html(rich_report(random_weights=True))).text
     assert "perplexity means nothing here" in text
     assert "same top token" in text
+    assert "held-out" not in text
+    assert "Agreement with source on 19,999 tokens" in text
+    assert not re.search(r"perplexity [\d(×]", text)
 
 
 def test_the_report_can_be_saved_from_the_page(rich: Report, page: Page) -> None:
@@ -181,10 +187,12 @@ def test_the_report_can_be_saved_from_the_page(rich: Report, page: Page) -> None
 def test_the_table_of_speeds_has_a_line_for_every_stage_and_point(rich: Report) -> None:
     rows = list(csv.DictReader(io.StringIO(speed_csv(rich))))
     points = [p for s in rich.stages for p in s.speed or ()]
-    assert len(rows) == len(points) == 36
+    assert len(rows) == len(points) == 50
     assert [float(r["tokens_per_s"]) for r in rows] == [p.tokens_per_s.median for p in points]
     assert rows[0]["vs_baseline"] == ""
-    assert rows[-1]["vs_baseline_verdict"] == "equivalent"
+    assert rows[-1]["vs_baseline_verdict"] == "slower"
+    assert {r["vs_baseline_inside_floor"] for r in rows} == {"", "True", "False"}
+    assert {r["outliers"] for r in rows} == {"0", "2"}
 
 
 def test_a_spreadsheet_is_given_no_formula(rich: Report) -> None:
@@ -197,7 +205,7 @@ def test_the_sample_is_marked_where_it_leaves_the_baselines(rich: Report) -> Non
     marked = re.findall(r"<mark>(.*?)</mark>", render_html(rich), re.DOTALL)
     assert marked[0] == "."
     assert marked[1] == " and some more"
-    assert len(marked) == 5
+    assert len(marked) == 6
 
 
 def test_a_chain_goes_straight_down_and_a_fork_to_the_right(rich: Report) -> None:
@@ -205,19 +213,21 @@ def test_a_chain_goes_straight_down_and_a_fork_to_the_right(rich: Report) -> Non
     assert [b.stage.name for b in tree(rich)][:5] == ["source", "export_onnx", "cleanup", "fused", "int8"]
     assert rails["source"] == ""
     assert (rails["export_onnx"], rails["cleanup"], rails["fused"]) == ("├", "│↓", "│↓")
-    assert (rails["int8"], rails["collapsed"], rails["garbage"]) == ("│├", "││↓", "│└")
+    assert (rails["int8"], rails["collapsed"], rails["int8_slow"]) == ("│├", "││↓", "│└")
     assert len(rails) == len(rich.stages)
 
 
 def test_the_front_is_drawn_and_named(rich: Report, page: Page) -> None:
     assert "joins the models that no other beats in both: fused, int8, int4." in page.text
-    assert "broken or not comparable: garbage, collapsed." in page.text
+    assert "broken, contradictory or not comparable: garbage, collapsed." in page.text
     assert render_html(rich).count("<polyline") == 2
 
 
 def test_a_report_of_a_run_without_measurements_has_no_empty_charts(rich: Report) -> None:
     bare = [s.model_copy(update={"speed": None, "quality": None, "effect": None, "load": None}) for s in rich.stages]
-    text = render_html(rich.model_copy(update={"stages": tuple(bare), "noise_floor": (), "gates": (), "pareto": ()}))
+    text = render_html(
+        rich.model_copy(update={"stages": tuple(bare), "noise_floor": (), "gates": (), "pareto": (), "schedule": None})
+    )
     assert "Quality was not measured in this run." in text
     assert "Speed was not measured in this run." in text
     assert "<svg" not in text
@@ -243,3 +253,79 @@ def test_the_reports_schema_and_the_page_agree_on_json(rich: Report) -> None:
 )
 def test_a_figure_keeps_its_unit(text: str, expected: str) -> None:
     assert unbroken(text) == expected
+
+
+def exported(report: Report, name: str) -> dict[str, tuple[str, str, bool]]:
+    """What stands at the top of the page of a report whose export is `name`."""
+    return {t.what: (t.value, t.badge, t.doubtful) for t in tiles(report.model_copy(update={"export": name}))}
+
+
+def test_an_undecided_figure_is_no_headline(rich: Report) -> None:
+    top = exported(rich, LONG)
+    assert top["decode speed"] == ("inconclusive", "inconclusive", True)
+    assert top["prefill speed"] == ("0.995 ×", "equivalent", False)
+    below = next(t for t in tiles(rich.model_copy(update={"export": LONG})) if t.doubtful)
+    assert below.below == "1.007 ×, 95 %: 0.916–1.098"
+    assert below.note == "reaches into the noise floor of 1.6 %, about 190 rounds would decide"
+
+
+def test_garbage_has_no_figure_at_the_top(rich: Report) -> None:
+    top = exported(rich, "collapsed")
+    assert [top[what][0] for what in ("decode speed", "prefill speed", "perplexity")] == ["broken"] * 3
+
+
+def test_what_changed_nothing_is_no_success_at_the_top() -> None:
+    top = exported(forward_report(), "fuse_matmul_add_bias_into_gemm")
+    assert top["forward speed"] == ("contradiction", "contradiction", True)
+
+
+def test_whole_passes_are_shown_wherever_decode_and_prefill_are() -> None:
+    page = Page(render_html(forward_report()))
+    assert "Forward pass of 1024 tokens, batch 2" in page.text
+    assert "45.4 ms a pass" in page.text
+    assert "61 rounds in 5 launches; never looked whether all is decided (declared: after 100 rounds)" in page.text
+    assert page.misnested == []
+
+
+def test_points_that_differ_in_new_tokens_alone_are_charts_of_their_own(page: Page) -> None:
+    assert "Decode of 64 tokens after 128, batch 1" in page.text
+    assert "Decode of 256 tokens after 128, batch 1" in page.text
+
+
+def test_the_flag_stands_beside_the_verdict_and_in_the_card(rich: Report, page: Page) -> None:
+    flag = rich.stage("int8_slow").roofline
+    assert flag is not None
+    assert page.text.count("⚑ kernel not engaged") == len(rich.stage("int8_slow").speed or ()) + 2
+    assert page.text.count(str(flag.flag)) == 3  # headline, sentence, facts
+
+
+def test_the_changed_region_is_drawn_in_a_fold(rich: Report, page: Page) -> None:
+    text = render_html(rich)
+    fold = re.findall(r"<details.*?</details>", text, re.DOTALL)
+    drawn = [f for f in fold if 'class="region"' in f]
+    assert len(drawn) == 1
+    assert "GroupQueryAttention" in drawn[0]
+    assert "layer 0, one of 22 that changed alike; 3 further nodes are not shown" in page.text
+    assert text.count(".region svg") == 1  # its style, once
+
+
+def test_layers_are_drawn_and_the_first_and_most_are_marked(rich: Report) -> None:
+    text = Page(render_html(rich)).text
+    assert "Relative error by layer against fused, on 512 tokens, 4 of 4 layers matched" in text
+    assert re.search(r"layer 0\s*0\.021\s*first", text)
+    assert re.search(r"layer 2\s*0\.17\s*most", text)
+    assert re.search(r"layer 0\s*not finite\s*first and most", text)
+
+
+def test_the_reason_of_a_verdict_stands_beside_it(rich: Report) -> None:
+    text = render_html(rich)
+    assert re.search(r"degraded</span><span class=\"under reason\">perplexity 1.072 times the baseline", text)
+
+
+def test_roofline_and_ablation_have_their_tables(page: Page) -> None:
+    assert "computed from its profile, not measured" in page.text
+    assert "The whole chain that ends in int8, against the same chain without the pass" in page.text
+
+
+def test_a_chart_is_left_out_where_all_predict_alike() -> None:
+    assert "<polyline" not in render_html(forward_report())

@@ -35,7 +35,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_header() -> None:
             width = len(re.findall(r"(?<!\\)\|", line))
             for row in (lines[i - 1], *_rows_after(lines, i)):
                 assert len(re.findall(r"(?<!\\)\|", row)) == width, row
-    assert tables == 10
+    assert tables == 15
 
 
 def _rows_after(lines: list[str], i: int) -> list[str]:

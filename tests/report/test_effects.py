@@ -1,0 +1,52 @@
+"""What changed is told as it was found, and what was told otherwise is a contradiction."""
+
+from __future__ import annotations
+
+from every_case import rich_report
+
+from pipeline.report.effects import change, contradiction, effect_facts, effect_in_words, slow_nodes_in_words
+from pipeline.report.schema import Effect, StageReport
+
+RICH = rich_report()
+
+
+def with_effect(**effect: object) -> StageReport:
+    return RICH.stage("cleanup").model_copy(update={"effect": Effect.model_validate(effect)})
+
+
+def test_a_pass_that_tells_of_work_where_nothing_changed_contradicts_itself() -> None:
+    told = with_effect(kind="none", nodes=(155, 155), rules={"fuse": (3, 155), "drop": (0, 155)})
+    assert contradiction(told) == "its pass tells of 3 by fuse, and nothing changed"
+    assert contradiction(with_effect(kind="graph", nodes=(155, 150), rules={"fuse": (3, 155)})) == ""
+    assert contradiction(with_effect(kind="none", nodes=(155, 155), rules={"fuse": (0, 155)})) == ""
+    assert contradiction(with_effect(kind="graph", contradiction="5 told, 3 found")) == "5 told, 3 found"
+
+
+def test_casts_are_told_where_some_were_inserted() -> None:
+    assert "312 Casts inserted" in effect_in_words(RICH.stage("export_onnx"))
+    assert "1 Cast inserted" in effect_in_words(with_effect(kind="graph", nodes=(3, 4), casts=(0, 1)))
+    assert "Cast" not in change(RICH.stage("fused"), RICH)
+
+
+def test_rules_are_told_with_what_they_did_and_of_how_many() -> None:
+    assert change(RICH.stage("fused"), RICH) == (
+        "changed the graph (1,893 → 871 nodes): attention 22 of 22, skip_norm 43 of 45"
+    )
+
+
+def test_slow_nodes_are_told_with_their_reason() -> None:
+    assert slow_nodes_in_words(RICH.stage("int8_slow")) == (
+        "154 MatMulNBits without a fast kernel (8 bits at accuracy_level 0)"
+    )
+    assert slow_nodes_in_words(RICH.stage("int8")) == ""
+
+
+def test_facts_hold_all_that_was_found() -> None:
+    assert dict(effect_facts(RICH.stage("int8"))) == {
+        "nodes": "871 → 715",
+        "weights quantized": "154 of 155",
+        "weights in float32": "201 → 47",
+        "weights in uint8": "0 → 154",
+    }
+    assert dict(effect_facts(RICH.stage("export_onnx")))["parameters"] == "1,100,048,384"
+    assert effect_facts(RICH.stage("source")) == []
