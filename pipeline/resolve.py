@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import RecipeError
+from pipeline.errors import PipelineError, RecipeError
 from pipeline.hardware import HardwareProfile, Host, describe_host, load_profile
 from pipeline.hardware.probe import probe_folder
+from pipeline.measure.quality import encode
 from pipeline.models import Source, evaluation_text, find_source
+from pipeline.models.source import TOKENIZER
 from pipeline.plan import Plan, make_plan, select_stages
 from pipeline.plugin import Registry
 from pipeline.recipe import Recipe, Stage
 from pipeline.store import Store, default_store_path
+
+LONG_TOKEN = 32
+"""Characters: a text with as many for every token of a window is long enough without counting."""
 
 
 def plan_recipe(
@@ -30,7 +35,7 @@ def plan_recipe(
     host = describe_host()
     store = store or Store(default_store_path())
     source = source_of(recipe, download=False)
-    evaluation_text_of(recipe)
+    evaluation_text_of(recipe, source)
     return resolve(recipe, source, store, host, until=until, only=only, force=force)
 
 
@@ -95,10 +100,10 @@ def _profile(recipe: Recipe, host: Host, store: Store) -> HardwareProfile:
         raise RecipeError(error.message, hint=error.hint, location=recipe.location("hardware")) from None
 
 
-def evaluation_text_of(recipe: Recipe) -> str:
-    """The text that quality is measured on.
+def evaluation_text_of(recipe: Recipe, source: Source | None = None) -> str:
+    """The text that quality is measured on, long enough for the model `source`, where that is given.
 
-    Raises: RecipeError where it is not there or not text.
+    Raises: RecipeError where it is not there, not text, or gives less than one window of tokens.
     """
     given = recipe.evaluate.quality.text
     home = recipe.folder_of("evaluate", "quality", "text")
@@ -110,6 +115,41 @@ def evaluation_text_of(recipe: Recipe) -> str:
         raise RecipeError(f"the evaluation text {path} cannot be read: {error.strerror}", location=where) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", location=where) from None
+    if "\0" in text:
+        place = len(text[: text.index("\0")].encode())
+        raise RecipeError(f"{path} is not text: byte {place} is zero", location=where)
     if not text.strip():
         raise RecipeError(f"the evaluation text {path} is empty", location=where)
+    if source is not None:
+        _check_length(recipe, source, text, path)
     return text
+
+
+def _check_length(recipe: Recipe, source: Source, text: str, path: Path) -> None:
+    """Raises: RecipeError where the tokens that are to be scored do not fill one window.
+
+    Tokens are counted only where there may be too few. Without a tokenizer there is nothing to count, and seeded tokens
+    are as many as are asked for.
+    """
+    wanted = recipe.evaluate.quality
+    window = min(wanted.window, source.max_length or wanted.window)
+    if wanted.tokens < window:
+        raise RecipeError(
+            f"{wanted.tokens} tokens are to be scored, and a window has {window}",
+            hint="raise evaluate.quality.tokens, or lower evaluate.quality.window",
+            location=recipe.location("evaluate", "quality", "tokens"),
+        )
+    if source.architecture is not None or not source.has_tokenizer or len(text) >= window * LONG_TOKEN:
+        return
+    try:
+        count = len(encode(source.folder / TOKENIZER, text, limit=window))
+    except PipelineError:  # a damaged tokenizer is the model's fault, and told where quality is measured
+        return
+    if count < window:
+        raise RecipeError(
+            f"the evaluation text {path} gives {count} tokens, less than one window of {window}",
+            hint=f"give a longer text, or set evaluate.quality.window to {count} at most"
+            if count >= 2
+            else "give a longer text",
+            location=recipe.location("evaluate", "quality", "text"),
+        )

@@ -211,13 +211,7 @@ def tokenize(artifact: Artifact, text: str, *, limit: int) -> list[int]:
 
     Raises: PipelineError where the artifact has no tokenizer.json, or the text has fewer than two tokens.
     """
-    tokenizer = _tokenizer(artifact)
-    characters = limit * 8
-    while True:
-        ids: list[int] = tokenizer.encode(text[:characters], add_special_tokens=False).ids
-        if len(ids) > limit or characters >= len(text):  # one more: the last may be cut off
-            break
-        characters *= 2
+    ids = encode(_tokenizer_file(artifact), text, limit=limit)
     if len(ids) < 2:
         raise PipelineError(f"the evaluation text gives {len(ids)} tokens; at least 2 are needed")
     vocabulary = artifact.interface.vocab_size
@@ -226,7 +220,21 @@ def tokenize(artifact: Artifact, text: str, *, limit: int) -> list[int]:
             f"the tokenizer gives token {max(ids)} and the model's vocabulary has {vocabulary}",
             hint="the tokenizer.json beside the model is another model's",
         )
-    return ids[:limit]
+    return ids
+
+
+def encode(tokenizer_file: Path, text: str, *, limit: int) -> list[int]:
+    """The first `limit` token ids of the text, without special tokens.
+
+    Raises: PipelineError where the file is not a tokenizer.
+    """
+    tokenizer = _tokenizer(tokenizer_file)
+    characters = limit * 8
+    while True:
+        ids: list[int] = tokenizer.encode(text[:characters], add_special_tokens=False).ids
+        if len(ids) > limit or characters >= len(text):  # one more: the last may be cut off
+            return ids[:limit]
+        characters *= 2
 
 
 def seeded_tokens(artifact: Artifact, count: int, seed: int) -> list[int]:
@@ -245,20 +253,27 @@ def seeded_tokens(artifact: Artifact, count: int, seed: int) -> list[int]:
 
 def decode(artifact: Artifact, ids: Sequence[int]) -> str:
     """The text of token ids."""
-    found: str = _tokenizer(artifact).decode(list(ids), skip_special_tokens=False)
+    found: str = _tokenizer(_tokenizer_file(artifact)).decode(list(ids), skip_special_tokens=False)
     return found
 
 
-def _tokenizer(artifact: Artifact) -> Any:
-    from tokenizers import Tokenizer
-
+def _tokenizer_file(artifact: Artifact) -> Path:
     path = artifact.file("tokenizer.json")
     if path is None:
         raise PipelineError(
             "the model has no tokenizer.json, so its quality on text cannot be measured",
             hint="save the model's fast tokenizer beside it: AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)",
         )
-    tokenizer = Tokenizer.from_file(str(path))
+    return path
+
+
+def _tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+        raise PipelineError(f"{path} is not a tokenizer that can be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
