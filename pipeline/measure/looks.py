@@ -31,6 +31,9 @@ LEAST_ROUNDS = 3
 FEW_LAUNCHES = 3
 """Fewer say little about what differs between launches."""
 
+LOPSIDED = 4
+"""Launches with so many times the rounds of the others carry the result almost alone."""
+
 WORTH_ADDING = 1.5
 """Where the next look does not fit, one at fewer rounds is worth its share from so many times the rounds before."""
 
@@ -89,7 +92,7 @@ class LookPlan(Frozen):
             return self
         most = max(1, min(rounds, self.looks[-1].rounds))
         if not kept or most >= WORTH_ADDING * kept[-1][0]:
-            if kept and kept[-1][1] >= launches:  # no launch is left for a look of its own
+            while kept and _lopsided(kept[-1], most, launches):
                 kept.pop()
             wanted = max(launches_for(most), kept[-1][1] + 1 if kept else 1)
             kept.append((most, max(min(wanted, launches, most), 1)))
@@ -131,14 +134,16 @@ class LookPlan(Frozen):
         """Seconds until each look, where a round and the start of a launch take so long."""
         return tuple(look.rounds * round_s + look.launches * launch_s for look in self.looks)
 
-    def look_at(self, rounds: int) -> Look:
-        """The look whose share is spent on data of so many rounds: the first that has as many, or the last."""
-        return next((look for look in self.looks if look.rounds >= rounds), self.looks[-1])
-
 
 def launches_for(rounds: int) -> int:
     """Launches that so many rounds are spread over."""
     return max(1, round(math.sqrt(rounds)))
+
+
+def _lopsided(before: tuple[int, int], rounds: int, launches: int) -> bool:
+    """Whether the launches after `before` would have far more rounds than those up to it, or none would be left."""
+    new = min(launches, launches_for(rounds)) - before[1]
+    return new < 1 or (rounds - before[0]) / new > LOPSIDED * before[0] / before[1]
 
 
 def _plan(looks: Sequence[tuple[int, int]], margin: float) -> LookPlan:

@@ -1,37 +1,56 @@
 """From raw samples to figures with intervals, and to what may be claimed.
 
-The unit is the logarithm of a block's time, or of the ratio of two blocks of the same round. Blocks of one launch
-share what its processes happened to get (allocation layout, huge pages), so they are not independent: the standard
-error comes from a hierarchical bootstrap, launches resampled first and rounds inside them (Davison and Hinkley, 1997,
-section 3.8). With three launches the percentiles of such a bootstrap cover too little; in simulations with normal and
-with heavy-tailed noise the interval closest to 95 % was Student's t around the median, with Satterthwaite's degrees of
-freedom from the variances between and within launches. With one launch nothing is known of what differs between
-launches, and the interval does not cover it.
+The unit is the logarithm of a block's time, or of the ratio of two blocks of the same round. pipeline.measure.estimate
+makes intervals of them, pipeline.measure.verdicts claims, pipeline.measure.looks says when.
+
+Two levels go together. The interval that is printed is the 95 % interval of that one figure. A verdict holds for the
+whole table and all looks: it is taken from a wider interval, at the look's share of 5 %, divided among the comparisons
+of the table (Holm). So a printed interval may lie beyond the margin while its verdict is still `inconclusive`; but what
+is called faster, slower or equivalent always has a printed interval that says so.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from pipeline.artifact import Frozen
-from pipeline.measure.looks import MARGIN, LookPlan
+from pipeline.measure.estimate import CONFIDENCE, Estimate, Seen, estimate, estimates, look_at
+from pipeline.measure.looks import ALPHA, MARGIN, LookPlan
 from pipeline.measure.samples import Sample
+from pipeline.measure.verdicts import CLAIMS, Verdict, noise_floor, rounds_to_decide, verdict, verdicts
 from pipeline.measure.workload import Kind, Point
 
 if TYPE_CHECKING:
     import numpy as np
 
-Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
+__all__ = [
+    "CONFIDENCE",
+    "Decision",
+    "Decisions",
+    "Interval",
+    "NoiseFloor",
+    "SpeedFigures",
+    "SpeedPoint",
+    "SpeedRatio",
+    "Verdict",
+    "compare_stages",
+    "decide",
+    "speed_figures",
+    "verdict",
+]
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
-MEDIAN_VARIANCE = math.pi / 2
-"""Variance of a median over that of a mean, for normal values."""
+OUTLIER = 5.0
+"""Robust standard deviations from the median of its launch beyond which a block is flagged."""
+
+ENOUGH_FOR_OUTLIERS = 5
+"""Rounds, less one a launch, below which the standard deviation is too uncertain to flag anything."""
 
 
 class Interval(Frozen):
@@ -68,13 +87,17 @@ class SpeedPoint(Frozen):
     tokens_per_s: Interval
     latency_s: Interval = Field(description="of a whole batch of prompts, or of one decoded token a sequence")
     vs_baseline: SpeedRatio | None = Field(
-        default=None, description="None for the baseline, and where no round has both"
+        default=None, description="None for the baseline, and where no two rounds have both"
     )
     vs_parent: SpeedRatio | None = None
 
+    @property
+    def point(self) -> Point:
+        return Point(kind=self.kind, batch=self.batch, prompt=self.prompt, new_tokens=self.new_tokens)
+
 
 class NoiseFloor(Frozen):
-    """Interval of the ratio of two processes of the baseline at one point."""
+    """95 % interval of the ratio of two processes of the baseline at one point."""
 
     kind: Kind
     batch: int
@@ -130,16 +153,6 @@ class Decisions(Frozen):
         return max((c.rounds_to_decide for c in self.comparisons if c.rounds_to_decide is not None), default=None)
 
 
-class _Estimate(NamedTuple):
-    center: float
-    low: float
-    high: float
-
-
-Grouped = Mapping[int, Sequence[float]]
-"""Values by launch."""
-
-
 def speed_figures(
     samples: Iterable[Sample],
     *,
@@ -150,72 +163,61 @@ def speed_figures(
 ) -> SpeedFigures:
     """Figures of every stage at every point, in the order in which `parents` names the stages.
 
-    A point at which a stage has fewer than two rounds has no figure. A ratio takes the rounds that both stages have.
+    `plan` gives the margin and the shares of the looks, `looks_taken` how many there were (default: all); without a
+    plan the samples are taken as its one look. A point at which a stage has fewer than two rounds has no figure. A
+    ratio takes the rounds that both stages have. The comparisons with the baseline are corrected together, and so are
+    those with a parent that is not the baseline.
     """
-    margin = MARGIN if plan is None else plan.margin
-    blocks: dict[tuple[str, int], dict[Point, dict[tuple[int, int], float]]] = defaultdict(lambda: defaultdict(dict))
-    points: dict[Point, None] = {}
-    for sample in samples:
-        blocks[sample.stage, sample.replica][sample.point][sample.launch, sample.round] = math.log(sample.latency_s)
-        points[sample.point] = None
-    floors: dict[Point, tuple[float, float]] = {}
-    for point in points:
-        ratio = _ratio(blocks[baseline, 0][point], blocks[baseline, 1][point])
-        if ratio is not None:
-            floors[point] = math.exp(ratio.low), math.exp(ratio.high)
-
-    def compare(stage: str, other: str | None, point: Point) -> SpeedRatio | None:
-        if other is None or other == stage:
-            return None
-        found = _ratio(blocks[stage, 0][point], blocks[other, 0][point])
-        if found is None:
-            return None
-        ratio, low, high = map(math.exp, found)
-        # where the noise is not known, nothing is claimed
-        says = verdict(low, high, margin=margin, floor=floors[point]) if point in floors else "inconclusive"
-        return SpeedRatio(ratio=ratio, low=low, high=high, verdict=says)
-
+    seen = _Blocks(samples, baseline)
+    margin, alpha = _level(plan, looks_taken)
+    wanted = [(stage, at) for stage in parents for at in seen.points]
+    to_baseline = [_Pair(stage, baseline, at) for stage, at in wanted if stage != baseline]
+    to_parent = [
+        _Pair(stage, parent, at) for stage, at in wanted if (parent := parents[stage]) not in {None, stage, baseline}
+    ]
+    ratios = seen.ratios(to_baseline, margin=margin, alpha=alpha)
+    ratios |= seen.ratios(to_parent, margin=margin, alpha=alpha)
     stages = {}
     for stage, parent in parents.items():
         figures = []
-        for point in points:
-            seen = blocks[stage, 0][point]
-            latency = _estimate(_by_launch(seen))
-            if latency is None:
+        for at in seen.points:
+            spread = seen.time(stage, at)
+            if spread is None:
                 continue
-            center, low, high = map(math.exp, latency)
-            tokens = point.tokens_per_iteration
+            latency = _interval(estimate(spread, processes=1))
+            tokens = at.tokens_per_iteration
             figures.append(
                 SpeedPoint(
-                    **point.model_dump(),
-                    rounds=len(seen),
-                    launches=len({launch for launch, _ in seen}),
-                    tokens_per_s=Interval(median=tokens / center, low=tokens / high, high=tokens / low),
-                    latency_s=Interval(median=center, low=low, high=high),
-                    vs_baseline=compare(stage, baseline, point),
-                    vs_parent=compare(stage, parent, point),
+                    **at.model_dump(),
+                    rounds=spread.rounds,
+                    launches=spread.launches,
+                    outliers=seen.outliers(stage, at, spread),
+                    tokens_per_s=Interval(
+                        median=tokens / latency.median, low=tokens / latency.high, high=tokens / latency.low
+                    ),
+                    latency_s=latency,
+                    vs_baseline=ratios.get(_Pair(stage, baseline, at)),
+                    vs_parent=ratios.get(_Pair(stage, parent, at)) if parent is not None else None,
                 )
             )
         stages[stage] = tuple(figures)
-    return SpeedFigures(
-        stages=stages,
-        noise_floor=tuple(
-            NoiseFloor(**point.model_dump(), ratio_low=low, ratio_high=high) for point, (low, high) in floors.items()
-        ),
-    )
+    return SpeedFigures(stages=stages, noise_floor=tuple(seen.noise_floors()))
 
 
 def decide(
     samples: Iterable[Sample], *, baseline: str, parents: Mapping[str, str | None], plan: LookPlan, look: int
 ) -> Decisions:
-    """The verdict of every stage at every point against the baseline at the `look`-th look (from 1)."""
+    """The verdict of every stage at every point against the baseline at the `look`-th look (from 1).
+
+    They are those that `speed_figures` reports where this look is the last. A stage without figures is not waited for.
+    """
     found = speed_figures(samples, baseline=baseline, parents=parents, plan=plan, looks_taken=look)
     return Decisions(
         look=look,
         comparisons=tuple(
             Decision(
                 stage=stage,
-                point=Point(kind=p.kind, batch=p.batch, prompt=p.prompt, new_tokens=p.new_tokens),
+                point=p.point,
                 verdict=p.vs_baseline.verdict,
                 rounds_to_decide=p.vs_baseline.rounds_to_decide,
             )
@@ -238,126 +240,150 @@ def compare_stages(
 ) -> dict[Point, SpeedRatio]:
     """How much faster `stage` is than `other` at every point, from the rounds that both have.
 
-    `baseline` names the stage whose second process shows the noise. `comparisons` is the number of such pairs that one
-    table shows (stages, not points): they are corrected together.
+    `baseline` names the stage whose second process shows the noise. `comparisons` is the number of such pairs of stages
+    that one table shows: each gets its part of the level, whose points are corrected together.
     """
-    found = speed_figures(
-        samples, baseline=baseline, parents={other: None, stage: other}, plan=plan, looks_taken=looks_taken
-    )
-    return {
-        Point(kind=p.kind, batch=p.batch, prompt=p.prompt, new_tokens=p.new_tokens): p.vs_parent
-        for p in found.stages[stage]
-        if p.vs_parent is not None
-    }
+    seen = _Blocks(samples, baseline)
+    margin, alpha = _level(plan, looks_taken)
+    pairs = [_Pair(stage, other, at) for at in seen.points]
+    return {pair.point: ratio for pair, ratio in seen.ratios(pairs, margin=margin, alpha=alpha / comparisons).items()}
 
 
-def verdict(low: float, high: float, *, margin: float = MARGIN, floor: tuple[float, float] = (1.0, 1.0)) -> Verdict:
-    """What the interval [low, high] of a speed ratio allows to claim.
+@dataclass(frozen=True)
+class _Pair:
+    """A stage, the one that it is compared with, and where."""
 
-    `faster` and `slower` where it lies wholly beyond the margin and beyond the noise floor; `equivalent` where it, and
-    the noise floor too, lies wholly inside the margin; else `inconclusive`. The floor is taken as symmetric: two equal
-    processes that differed by 3 % in one direction might as well in the other.
-    """
-    edge = math.log1p(margin)
-    noise = max(abs(math.log(end)) for end in floor)
-    bar = max(edge, noise)
-    if math.log(low) > bar:
-        return "faster"
-    if math.log(high) < -bar:
-        return "slower"
-    if -edge <= math.log(low) and math.log(high) <= edge and noise <= edge:
-        return "equivalent"
-    return "inconclusive"
+    stage: str
+    other: str
+    point: Point
 
 
-def ratio_interval(stage: Grouped, other: Grouped) -> tuple[float, float, float] | None:
-    """(ratio, low, high) of the speeds of two stages from seconds by launch, round by round; None below two rounds.
-
-    Raises: ValueError where the launches or rounds of the two differ.
-    """
-    if {k: len(v) for k, v in stage.items()} != {k: len(v) for k, v in other.items()}:
-        raise ValueError("the stages have different rounds")
-    logs = {
-        launch: [math.log(b) - math.log(a) for a, b in zip(stage[launch], other[launch], strict=True)]
-        for launch in stage
-    }
-    found = _estimate(logs)
-    return None if found is None else (math.exp(found.center), math.exp(found.low), math.exp(found.high))
+Rounds = Mapping[tuple[int, int], float]
+"""Logarithm of the seconds of a block, by launch and round."""
 
 
-def _ratio(stage: Mapping[tuple[int, int], float], other: Mapping[tuple[int, int], float]) -> _Estimate | None:
-    """Of log(speed of stage / speed of other) over the rounds that both have."""
-    return _estimate(_by_launch({at: other[at] - stage[at] for at in stage.keys() & other.keys()}))
+class _Blocks:
+    """The samples, and what they say of stages and pairs of stages."""
+
+    def __init__(self, samples: Iterable[Sample], baseline: str) -> None:
+        self.baseline = baseline
+        self.rounds: dict[tuple[str, int, Point], dict[tuple[int, int], float]] = defaultdict(dict)
+        for sample in samples:
+            block = self.rounds[sample.stage, sample.replica, sample.point]
+            block[sample.launch, sample.round] = math.log(sample.latency_s)
+        self.points = list(dict.fromkeys(point for _, _, point in self.rounds))
+        self.stages = list(dict.fromkeys(stage for stage, replica, _ in self.rounds if replica == 0))
+
+    def time(self, stage: str, point: Point) -> Seen | None:
+        return _look_at(self.rounds.get((stage, 0, point), {}))
+
+    def outliers(self, stage: str, point: Point, seen: Seen) -> int:
+        """Blocks far from the median of their launch, as the other rounds go."""
+        import numpy as np
+
+        if seen.rounds - seen.launches < ENOUGH_FOR_OUTLIERS:
+            return 0
+        launches = defaultdict(list)
+        for (launch, _), value in self.rounds[stage, 0, point].items():
+            launches[launch].append(value)
+        far = OUTLIER * float(seen.noise[0]) + 1e-9  # equal times differ by rounding alone
+        return sum(int(np.sum(np.abs(np.array(v) - np.median(v)) > far)) for v in launches.values())
+
+    def ratios(self, pairs: Sequence[_Pair], *, margin: float, alpha: float) -> dict[_Pair, SpeedRatio]:
+        """Every pair that has two rounds in common, corrected together."""
+        import numpy as np
+
+        found = {pair: value for pair in pairs if (value := self._estimate(pair)) is not None}
+        if not found:
+            return {}
+        again = [self._to_baseline[pair.point].get(None) for pair in found]
+        # where the noise is not known, nothing is claimed
+        floors = [np.array([np.inf]) if a is None else noise_floor(a) for a in again]
+        claims, level = verdicts(list(found.values()), floors, margin=margin, alpha=alpha)
+        ratios = {}
+        for (pair, value), same, floor, claim in zip(found.items(), again, floors, claims, strict=True):
+            interval = _interval(value)
+            ratios[pair] = SpeedRatio(
+                ratio=interval.median,
+                low=interval.low,
+                high=interval.high,
+                verdict=CLAIMS[int(claim[0])],
+                inside_floor=same is not None
+                and math.log(interval.low) <= floor[0]
+                and math.log(interval.high) >= -floor[0],
+                rounds_to_decide=rounds_to_decide(
+                    value, same, rounds=len(self._common(pair)), margin=margin, alpha=float(level[0])
+                )
+                if same is not None and not claim[0]
+                else None,
+            )
+        return ratios
+
+    def noise_floors(self) -> Iterator[NoiseFloor]:
+        for point in self.points:
+            if (again := self._to_baseline[point].get(None)) is not None:
+                interval = _interval(again)
+                yield NoiseFloor(**point.model_dump(), ratio_low=interval.low, ratio_high=interval.high)
+
+    def _estimate(self, pair: _Pair) -> Estimate | None:
+        if pair.other == self.baseline:
+            return self._to_baseline[pair.point].get(pair.stage)
+        seen = _look_at(self._common(pair))
+        return None if seen is None else estimate(seen, list(self._seen_to_baseline[pair.point].values()))
+
+    def _common(self, pair: _Pair) -> Rounds:
+        return _ratios(*(self.rounds.get((stage, 0, pair.point), {}) for stage in (pair.stage, pair.other)))
+
+    @cached_property
+    def _seen_to_baseline(self) -> dict[Point, dict[str | None, Seen]]:
+        """What the rounds say of every stage against the baseline; under None its second process."""
+        found: dict[Point, dict[str | None, Seen]] = {}
+        for point in self.points:
+            base = self.rounds.get((self.baseline, 0, point), {})
+            others: dict[str | None, Rounds] = {
+                stage: self.rounds.get((stage, 0, point), {}) for stage in self.stages if stage != self.baseline
+            }
+            others[None] = self.rounds.get((self.baseline, 1, point), {})
+            seen = {stage: _look_at(_ratios(rounds, base)) for stage, rounds in others.items()}
+            found[point] = {stage: value for stage, value in seen.items() if value is not None}
+        return found
+
+    @cached_property
+    def _to_baseline(self) -> dict[Point, dict[str | None, Estimate]]:
+        return {
+            point: dict(zip(seen, estimates(list(seen.values())), strict=True))
+            for point, seen in self._seen_to_baseline.items()
+        }
 
 
-def _by_launch(values: Mapping[tuple[int, int], float]) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = defaultdict(list)
-    for (launch, _), value in values.items():
-        found[launch].append(value)
-    return found
+def _ratios(stage: Rounds, other: Rounds) -> Rounds:
+    """log(speed of `stage` / speed of `other`) in the rounds that both have."""
+    return {at: other[at] - value for at, value in stage.items() if at in other}
 
 
-def _estimate(groups: Grouped) -> _Estimate | None:
-    """Median of all values and its 95 % interval; None below two values.
-
-    Neither the order of rounds nor that of launches changes it, and negated values give the negated interval.
-    """
+def _look_at(rounds: Rounds) -> Seen | None:
+    """None below two rounds."""
     import numpy as np
-    from scipy import stats
 
-    launches = sorted((np.sort(np.asarray(v, dtype=np.float64)) for v in groups.values() if len(v)), key=_place)
-    count = sum(map(len, launches))
-    if count < 2:
+    if len(rounds) < 2:
         return None
-    center = float(np.median(np.concatenate(launches)))
-    medians = np.array([np.median(launch) for launch in launches])
-    within_df = count - len(launches)
-    squares = sum(float(np.sum((launch - median) ** 2)) for launch, median in zip(launches, medians, strict=True))
-    between = float(medians.var(ddof=1)) / len(launches) if len(launches) > 1 else 0.0
-    within = MEDIAN_VARIANCE * squares / within_df / count if within_df else 0.0
-    variance = max(_bootstrap_variance(launches), between, within)
-    if variance == 0.0:
-        return _Estimate(center, center, center)
-    share = max(variance - within, 0.0)  # what launches add
-    spread = (share**2 / (len(launches) - 1) if len(launches) > 1 else 0.0) + (
-        within**2 / within_df if within_df else 0.0
-    )
-    freedom = variance**2 / spread if spread > 0 else float(count - 1)
-    freedom = min(max(freedom, 1.0), float(count - 1))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(variance)
-    return _Estimate(center, center - half, center + half)
+    values: np.ndarray = np.array([list(rounds.values())])
+    return look_at(values, np.array([launch for launch, _ in rounds]))
 
 
-def _place(launch: np.ndarray) -> tuple[float, float]:
-    import numpy as np
+def _interval(value: Estimate) -> Interval:
+    center, half = float(value.center[0]), float(value.half_width()[0])
+    return Interval(median=math.exp(center), low=_exp(center - half), high=_exp(center + half))
 
-    return float(np.median(launch)), float(launch.mean())
+
+def _exp(logarithm: float) -> float:
+    """Finite and positive: an interval of two wildly different rounds has no end that a float could hold."""
+    return math.exp(min(max(logarithm, -700.0), 700.0))
 
 
-def _bootstrap_variance(launches: Sequence[np.ndarray]) -> float:
-    """Variance of the median when launches are resampled first, then rounds inside each.
-
-    Every draw is used with its mirror image, from the other end of the sorted values, so that the result is the same
-    for negated values. The seed is fixed.
-    """
-    import numpy as np
-
-    draw = np.random.default_rng(0)
-    lengths = np.array([len(launch) for launch in launches])
-    padded = np.zeros((len(launches), lengths.max()))
-    for row, launch in enumerate(launches):
-        padded[row, : len(launch)] = launch
-    half = RESAMPLES // 2
-    chosen = draw.integers(0, len(launches), (half, len(launches)))
-    fractions = draw.random((half, len(launches), lengths.max()))
-    medians = []
-    for mirrored in (False, True):
-        picked = len(launches) - 1 - chosen if mirrored else chosen
-        size = lengths[picked][:, :, None]
-        index = np.minimum((fractions * size).astype(np.int64), size - 1)
-        index = size - 1 - index if mirrored else index
-        values = padded[picked[:, :, None], index]
-        # a launch with fewer rounds gives as many values as it has
-        drawn = np.where(np.arange(lengths.max()) < size, values, np.nan)
-        medians.append(np.nanmedian(drawn.reshape(half, -1), axis=1))
-    return float(np.concatenate(medians).var())
+def _level(plan: LookPlan | None, looks_taken: int | None) -> tuple[float, float]:
+    """(margin, probability of any error that the last look taken may spend)."""
+    if plan is None:
+        return MARGIN, ALPHA
+    taken = len(plan.looks) if looks_taken is None else min(max(looks_taken, 1), len(plan.looks))
+    return plan.margin, plan.looks[taken - 1].alpha

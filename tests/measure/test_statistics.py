@@ -3,32 +3,21 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.measure.looks import LookPlan
 from pipeline.measure.samples import Sample
-from pipeline.measure.statistics import SpeedFigures, ratio_interval, speed_figures, verdict
+from pipeline.measure.statistics import SpeedFigures, SpeedRatio, compare_stages, decide, speed_figures
 from pipeline.measure.workload import Point
 
 DECODE = Point(kind="decode", batch=2, prompt=8, new_tokens=4)
 PREFILL = Point(kind="prefill", batch=2, prompt=8, new_tokens=4)
 
-seconds = st.floats(1e-4, 1e2)
-paired = st.dictionaries(
-    st.integers(0, 3), st.lists(st.tuples(seconds, seconds), min_size=1, max_size=6), min_size=1, max_size=4
-).filter(lambda launches: sum(map(len, launches.values())) >= 2)
-Pairs = dict[int, list[tuple[float, float]]]
+Times = dict[tuple[str, int], list[list[float]]]
 
 
-def intervals(pairs: Pairs) -> tuple[float, float, float]:
-    first = {launch: [a for a, _ in rounds] for launch, rounds in pairs.items()}
-    second = {launch: [b for _, b in rounds] for launch, rounds in pairs.items()}
-    found = ratio_interval(first, second)
-    assert found is not None
-    return found
-
-
-def samples(times: dict[tuple[str, int], list[list[float]]], point: Point = DECODE) -> list[Sample]:
+def samples(times: Times, point: Point = DECODE) -> list[Sample]:
     """Samples from (stage, replica) -> launches -> rounds -> seconds of an iteration."""
     return [
         Sample(
@@ -47,91 +36,103 @@ def samples(times: dict[tuple[str, int], list[list[float]]], point: Point = DECO
     ]
 
 
-def figures(times: dict[tuple[str, int], list[list[float]]], **parents: str | None) -> SpeedFigures:
+def figures(times: Times, **parents: str | None) -> SpeedFigures:
     return speed_figures(samples(times), baseline="source", parents=parents or {"source": None, "int4": "source"})
 
 
-@given(paired)
-@settings(max_examples=60, deadline=None)
-def test_the_interval_holds_the_ratio(pairs: Pairs) -> None:
-    ratio, low, high = intervals(pairs)
-    assert low <= ratio <= high
+def ratio(times: Times, **parents: str | None) -> SpeedRatio:
+    found = figures(times, **parents).stages["int4"][0].vs_baseline
+    assert found is not None
+    return found
 
 
-@given(paired)
-@settings(max_examples=60, deadline=None)
-def test_the_ratio_the_other_way_round_is_its_inverse(pairs: Pairs) -> None:
-    ratio, low, high = intervals(pairs)
-    inverse, inverse_low, inverse_high = intervals({k: [(b, a) for a, b in v] for k, v in pairs.items()})
-    assert inverse == pytest.approx(1 / ratio, rel=1e-9)
-    assert math.log(inverse_low) == pytest.approx(-math.log(high), rel=1e-6, abs=1e-9)
-    assert math.log(inverse_high) == pytest.approx(-math.log(low), rel=1e-6, abs=1e-9)
+def noisy(
+    speed: float, *, launches: int = 5, rounds: int = 8, noise: float = 0.003, seed: int = 0
+) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+    """Seconds of the baseline, of its second process and of a stage that is `speed` times as fast."""
+    draw = np.random.default_rng(seed)
+    base, again, stage = np.exp(noise * draw.standard_normal((3, launches, rounds)))
+    return base.tolist(), again.tolist(), (stage / speed).tolist()
 
 
-@given(paired, st.floats(0.01, 100))
-@settings(max_examples=60, deadline=None)
-def test_a_clock_that_counts_in_other_units_changes_nothing(pairs: Pairs, unit: float) -> None:
-    scaled = {launch: [(a * unit, b * unit) for a, b in rounds] for launch, rounds in pairs.items()}
-    logs = [[math.log(x) for x in intervals(p)] for p in (pairs, scaled)]
-    assert logs[1] == pytest.approx(logs[0], rel=1e-5, abs=1e-6)
+def three(speed: float, **options: float) -> Times:
+    base, again, stage = noisy(speed, **options)  # type: ignore[arg-type]
+    return {("source", 0): base, ("source", 1): again, ("int4", 0): stage}
 
 
-@given(paired, st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
-def test_the_order_of_rounds_and_launches_does_not_matter(pairs: Pairs, draw: random.Random) -> None:
-    launches = list(pairs.items())
-    draw.shuffle(launches)
-    shuffled = {}
-    for place, (_, rounds) in enumerate(launches):
-        mixed = list(rounds)
-        draw.shuffle(mixed)
-        shuffled[place] = mixed
-    assert intervals(shuffled) == pytest.approx(intervals(pairs), rel=1e-9)
+seconds = st.floats(1e-4, 1e2)
+rounds_of_three = st.dictionaries(
+    st.integers(0, 3), st.lists(st.tuples(seconds, seconds, seconds), min_size=1, max_size=6), min_size=1, max_size=4
+).filter(lambda launches: sum(map(len, launches.values())) >= 2)
+Rounds = dict[int, list[tuple[float, float, float]]]
+
+
+def seats(launches: Rounds, order: tuple[int, int, int] = (0, 1, 2), unit: float = 1.0) -> Times:
+    of = [[[unit * row[i] for row in rounds] for rounds in launches.values()] for i in order]
+    return {("source", 0): of[0], ("source", 1): of[1], ("int4", 0): of[2]}
+
+
+@given(rounds_of_three)
+@settings(max_examples=40, deadline=None)
+def test_the_interval_holds_the_ratio(launches: Rounds) -> None:
+    found = ratio(seats(launches))
+    assert found.low < found.ratio < found.high
+
+
+@given(rounds_of_three)
+@settings(max_examples=40, deadline=None)
+def test_the_ratio_the_other_way_round_is_its_inverse(launches: Rounds) -> None:
+    here, there = ratio(seats(launches)), ratio(seats(launches, order=(2, 1, 0)))
+    assert there.ratio == pytest.approx(1 / here.ratio, rel=1e-9)
+
+
+@given(rounds_of_three, st.floats(0.01, 100))
+@settings(max_examples=40, deadline=None)
+def test_a_clock_that_counts_in_other_units_changes_nothing(launches: Rounds, unit: float) -> None:
+    here, there = ratio(seats(launches)), ratio(seats(launches, unit=unit))
+    for name in ("ratio", "low", "high"):
+        assert math.log(getattr(there, name)) == pytest.approx(math.log(getattr(here, name)), rel=1e-4, abs=1e-6)
+
+
+@given(rounds_of_three, st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_rounds_and_launches_and_samples_does_not_matter(launches: Rounds, draw: random.Random) -> None:
+    mixed = list(launches.values())
+    draw.shuffle(mixed)
+    shuffled = {i: draw.sample(rounds, len(rounds)) for i, rounds in enumerate(mixed)}
+    listed = samples(seats(shuffled))
+    draw.shuffle(listed)
+    there = speed_figures(listed, baseline="source", parents={"source": None, "int4": "source"})
+    here = figures(seats(launches))
+    one, other = (f.stages["int4"][0].vs_baseline for f in (here, there))
+    assert one is not None
+    assert other is not None
+    assert other.verdict == one.verdict
+    assert (other.ratio, other.low, other.high) == pytest.approx((one.ratio, one.low, one.high), rel=1e-6)
 
 
 def test_twice_the_speed_is_a_ratio_of_two() -> None:
-    assert intervals({0: [(1.0, 2.0), (3.0, 6.0)], 1: [(0.5, 1.0)]}) == pytest.approx((2, 2, 2))
+    found = ratio({("source", 0): [[2.0, 6.0], [1.0, 4.0]], ("int4", 0): [[1.0, 3.0], [0.5, 2.0]]})
+    assert found.ratio == pytest.approx(2)
 
 
-def test_one_round_has_no_interval() -> None:
-    assert ratio_interval({0: [1.0]}, {0: [2.0]}) is None
-
-
-def test_different_rounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="different rounds"):
-        ratio_interval({0: [1.0, 2.0]}, {0: [1.0]})
+def test_one_round_has_no_figures() -> None:
+    assert figures({("source", 0): [[1.0]], ("int4", 0): [[1.0]]}).stages["int4"] == ()
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "floor", "says"),
-    [
-        (1.02, 1.05, (0.999, 1.001), "faster"),
-        (0.90, 0.98, (0.999, 1.001), "slower"),
-        (0.995, 1.005, (0.999, 1.001), "equivalent"),
-        (0.995, 1.02, (0.999, 1.001), "inconclusive"),
-        (1.005, 1.02, (0.999, 1.001), "inconclusive"),
-        (1.02, 1.05, (0.97, 1.03), "inconclusive"),
-        (1.02, 1.05, (0.97, 0.99), "inconclusive"),
-        (1.04, 1.05, (0.97, 0.99), "faster"),
-        (0.995, 1.005, (0.97, 1.03), "inconclusive"),
-        (0.5, 2.0, (1.0, 1.0), "inconclusive"),
-    ],
+    ("speed", "says"), [(1.05, "faster"), (0.95, "slower"), (1.0, "equivalent"), (1.01, "inconclusive")]
 )
-def test_a_claim_needs_the_interval_beyond_the_margin_and_the_noise(
-    low: float, high: float, floor: tuple[float, float], says: str
-) -> None:
-    assert verdict(low, high, floor=floor) == says
+def test_a_verdict_is_what_the_rounds_show(speed: float, says: str) -> None:
+    assert ratio(three(speed, launches=12, rounds=10)).verdict == says
 
 
-@given(st.floats(-1.5, 1.5), st.floats(0, 1), st.floats(-0.2, 0.2), st.floats(-0.2, 0.2))
-def test_the_verdict_the_other_way_round_is_the_opposite(low: float, width: float, a: float, b: float) -> None:
-    for end in (low, low + width):  # an end that is an edge itself may fall on either side of it by rounding
-        assume(all(abs(abs(end) - abs(edge)) > 1e-9 for edge in (math.log(1.01), a, b)))
-    assume(all(abs(abs(edge) - math.log(1.01)) > 1e-9 for edge in (a, b)))
-    floor = math.exp(min(a, b)), math.exp(max(a, b))
-    here = verdict(math.exp(low), math.exp(low + width), floor=floor)
-    there = verdict(math.exp(-low - width), math.exp(-low), floor=floor)
-    assert there == {"faster": "slower", "slower": "faster"}.get(here, here)
+def test_twice_the_speed_is_faster_even_with_one_launch_of_three_rounds() -> None:
+    assert ratio(three(2.0, launches=1, rounds=3)).verdict == "faster"
+
+
+def test_one_launch_never_shows_that_two_stages_are_equivalent() -> None:
+    assert ratio(three(1.0, launches=1, rounds=100)).verdict == "inconclusive"
 
 
 def test_tokens_per_second_count_the_whole_batch() -> None:
@@ -145,16 +146,11 @@ def test_tokens_per_second_count_the_whole_batch() -> None:
 
 
 def test_a_drift_that_all_stages_share_cancels_in_the_ratio() -> None:
-    drift = [[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]
-    found = figures({("source", 0): drift, ("source", 1): drift, ("int4", 0): [[0.5, 1, 2], [4, 8, 16]]})
-    ratio = found.stages["int4"][0].vs_baseline
-    assert ratio is not None
-    assert (ratio.ratio, ratio.low, ratio.high, ratio.verdict) == (
-        pytest.approx(2),
-        pytest.approx(2),
-        pytest.approx(2),
-        "faster",
-    )
+    drift = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    steady = ratio({("source", 0): [[1.0] * 3] * 2, ("source", 1): [[1.0] * 3] * 2, ("int4", 0): [[0.5] * 3] * 2})
+    drifting = ratio({("source", 0): drift.tolist(), ("source", 1): drift.tolist(), ("int4", 0): (drift / 2).tolist()})
+    assert drifting.verdict == "faster"
+    assert (drifting.ratio, drifting.low, drifting.high) == pytest.approx((steady.ratio, steady.low, steady.high))
 
 
 def test_the_two_processes_of_the_baseline_give_the_noise_floor() -> None:
@@ -198,27 +194,137 @@ def test_a_stage_without_samples_has_no_figures() -> None:
     assert figures({("source", 0): [[1.0, 1.0]]}).stages["int4"] == ()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("launches", "rounds"), [(1, 3), (1, 12), (3, 3), (3, 12), (5, 8)])
-@pytest.mark.parametrize("tail", ["normal", "heavy"])
-def test_the_interval_covers_in_simulation(launches: int, rounds: int, tail: str) -> None:
-    """95 % is the aim; what launches add is as large as a third of what rounds do, where there are several."""
-    draw = np.random.default_rng(0)
-    covered = 0
-    runs = 300
-    for _ in range(runs):
-        noise = draw.standard_normal((launches, rounds)) if tail == "normal" else draw.standard_t(3, (launches, rounds))
-        logs = 0.03 * noise + (0.01 * draw.standard_normal((launches, 1)) if launches > 1 else 0.0)
-        stage = {i: [1.0] * rounds for i in range(launches)}
-        other = {i: np.exp(row).tolist() for i, row in enumerate(logs)}
-        found = ratio_interval(stage, other)
-        assert found is not None
-        covered += found[1] <= 1.0 <= found[2]
-    assert covered / runs >= 0.92
-
-
 def test_nothing_is_claimed_where_the_noise_is_not_known() -> None:
     found = figures({("source", 0): [[2, 2, 2], [2, 2, 2]], ("int4", 0): [[1, 1, 1], [1, 1, 1]]})
     ratio = found.stages["int4"][0].vs_baseline
     assert ratio is not None
     assert ratio.verdict == "inconclusive"
+    assert ratio.rounds_to_decide is None
+
+
+def test_an_undecided_ratio_says_how_many_rounds_would_decide_it() -> None:
+    times = three(1.018, launches=3, rounds=4, noise=0.01)
+    found = ratio(times)
+    assert found.verdict == "inconclusive"
+    assert found.rounds_to_decide is not None
+    assert 12 < found.rounds_to_decide < 1000
+
+
+def test_a_decided_ratio_names_no_rounds() -> None:
+    assert ratio(three(2.0)).rounds_to_decide is None
+
+
+def test_a_ratio_whose_interval_reaches_into_the_noise_says_so() -> None:
+    assert ratio(three(1.0)).inside_floor
+    assert not ratio(three(1.5)).inside_floor
+
+
+def test_more_looks_ask_for_more_of_each_while_the_printed_interval_stays() -> None:
+    times = three(1.0167, launches=5, rounds=6, noise=0.0055)
+    found = [
+        speed_figures(
+            samples(times),
+            baseline="source",
+            parents={"source": None, "int4": "source"},
+            plan=LookPlan.declare(looks),
+            looks_taken=1,
+        )
+        for looks in ([30], [30, 60, 90, 120])
+    ]
+    one, four = (f.stages["int4"][0].vs_baseline for f in found)
+    assert one is not None
+    assert four is not None
+    assert (one.verdict, four.verdict) == ("faster", "inconclusive")
+    assert (one.low, one.high) == (four.low, four.high)
+
+
+def test_more_stages_ask_for_more_of_each() -> None:
+    times = three(1.0167, launches=5, rounds=6, noise=0.0055)
+    crowd = {f"like{i}": "source" for i in range(12)}
+    for i, name in enumerate(crowd):
+        times[name, 0] = noisy(1.0, launches=5, rounds=6, noise=0.0055, seed=i + 1)[2]
+    assert ratio(times).verdict == "faster"
+    assert ratio(times, source=None, int4="source", **crowd).verdict == "inconclusive"
+
+
+def test_the_plan_s_margin_is_that_of_the_verdicts() -> None:
+    times = three(1.03, launches=12, rounds=10)
+    wide = speed_figures(
+        samples(times),
+        baseline="source",
+        parents={"source": None, "int4": "source"},
+        plan=LookPlan.declare([120], margin=0.05),
+    )
+    verdicts = [f.stages["int4"][0].vs_baseline for f in (figures(times), wide)]
+    assert [v.verdict for v in verdicts if v is not None] == ["faster", "equivalent"]
+
+
+def test_a_block_far_from_its_launch_is_counted_and_stays() -> None:
+    times = three(1.0)
+    before = figures(times).stages["int4"][0]
+    times["int4", 0][2][3] *= 3
+    after = figures(times).stages["int4"][0]
+    assert (before.outliers, after.outliers) == (0, 1)
+    assert after.rounds == before.rounds
+    assert figures(times).stages["source"][0].outliers == 0
+
+
+def test_too_few_rounds_flag_nothing() -> None:
+    assert figures({("source", 0): [[1.0, 1.0, 9.0]]}).stages["source"][0].outliers == 0
+
+
+def test_a_look_says_what_is_undecided_and_what_would_decide() -> None:
+    times = three(2.0, launches=3, rounds=4, noise=0.01)
+    times["close", 0] = noisy(1.018, launches=3, rounds=4, noise=0.01)[2]
+    plan = LookPlan.declare([12, 30])
+    parents = {"source": None, "int4": "source", "close": "int4"}
+    found = decide(samples(times), baseline="source", parents=parents, plan=plan, look=1)
+    assert {c.stage: c.verdict for c in found.comparisons} == {"int4": "faster", "close": "inconclusive"}
+    assert not found.all_decided
+    assert found.rounds_to_decide == found.comparisons[1].rounds_to_decide
+    del times["close", 0]
+    sure = decide(samples(times), baseline="source", parents=parents, plan=plan, look=1)
+    assert sure.all_decided
+    assert sure.rounds_to_decide is None
+
+
+def test_a_look_says_what_the_report_would_say() -> None:
+    plan = LookPlan.declare([40, 80])
+    for speed in (0.98, 1.0, 1.015, 1.03):
+        times = three(speed)
+        parents = {"source": None, "int4": "source"}
+        report = speed_figures(samples(times), baseline="source", parents=parents, plan=plan, looks_taken=1)
+        look = decide(samples(times), baseline="source", parents=parents, plan=plan, look=1)
+        told = report.stages["int4"][0].vs_baseline
+        assert told is not None
+        assert look.comparisons[0].verdict == told.verdict
+
+
+def test_any_two_stages_are_compared_from_their_common_rounds() -> None:
+    times = three(2.0, launches=8)
+    times["int8", 0] = (np.array(times["int4", 0]) * 1.25).tolist()
+    found = compare_stages(samples(times), "int4", "int8", baseline="source")
+    assert found[DECODE].ratio == pytest.approx(1.25)
+    assert found[DECODE].verdict == "faster"
+    back = compare_stages(samples(times), "int8", "int4", baseline="source")[DECODE]
+    assert (back.ratio, back.verdict) == (pytest.approx(0.8), "slower")
+
+
+def test_a_table_of_many_pairs_asks_for_more_of_each() -> None:
+    times = three(1.017, launches=5, rounds=6, noise=0.0035)
+    alone, among = (
+        compare_stages(samples(times), "int4", "source", baseline="source", comparisons=n)[DECODE] for n in (1, 50)
+    )
+    assert (alone.verdict, among.verdict) == ("faster", "inconclusive")
+    assert alone.low == among.low
+
+
+def test_a_pair_without_common_rounds_is_not_compared() -> None:
+    times = three(2.0)
+    assert compare_stages(samples(times), "int4", "nowhere", baseline="source") == {}
+
+
+def test_wildly_different_rounds_still_give_numbers() -> None:
+    found = ratio({("source", 0): [[1e-4, 1e2]], ("source", 1): [[1e2, 1e-4]], ("int4", 0): [[1e2, 1e-4]]})
+    assert 0 < found.low < found.ratio < found.high < math.inf
+    assert found.verdict == "inconclusive"
