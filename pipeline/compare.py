@@ -8,16 +8,14 @@ comes from how much the runs of equal artifacts on this machine differ from each
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ValidationError
-
-from pipeline.artifact import Artifact, canonical_json
+from pipeline.artifact import Artifact
+from pipeline.comparable import difference, scoring_of, text_of, unlike
 from pipeline.errors import PipelineError, RecipeError, did_you_mean
 from pipeline.events import Events
 from pipeline.hardware import describe_host
@@ -25,7 +23,7 @@ from pipeline.measure.looks import LookPlan
 from pipeline.measure.process import StageToMeasure
 from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
-from pipeline.measure.statistics import CONFIDENCE, speed_figures, verdict
+from pipeline.measure.statistics import speed_figures
 from pipeline.measure.workload import Workload
 from pipeline.recipe import Recipe
 from pipeline.report.comparison import (
@@ -38,13 +36,13 @@ from pipeline.report.comparison import (
 )
 from pipeline.report.comparison_html import render_comparison_html
 from pipeline.report.comparison_markdown import render_comparison_markdown
-from pipeline.report.folder import REPORT
 from pipeline.report.paired import paired_speed
-from pipeline.report.schema import PointKey, Ratio, Report, Speed, StageReport
+from pipeline.report.schema import PointKey, Report, StageReport
 from pipeline.reproduce import PastRun
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import ExecutionSpec, runner_version
 from pipeline.store import Store
+from pipeline.unpaired import History, unpaired_speed
 
 COMPARISONS = "comparisons"
 """Folder of the comparisons, beside those of the recipes' runs."""
@@ -53,20 +51,8 @@ COMPARISON_JSON = "comparison.json"
 COMPARISON_MARKDOWN = "comparison.md"
 COMPARISON_HTML = "comparison.html"
 
-MACHINE = {
-    "cpu_model": "processor",
-    "physical_cores": "cores",
-    "logical_cores": "logical cores",
-    "memory_bytes": "memory",
-    "gpus": "GPUs",
-    "architecture": "architecture",
-}
-"""What makes a host another one. Its software may be newer: both runs' artifacts meet the same one here."""
-
-LEAST_RUNS = 3
-"""Runs of equal artifacts without which nobody knows how much one run differs from the next."""
-
-ABSENT = "–"
+Measure = Callable[..., SpeedMeasurement]
+"""Called as `measure_speed` is."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +90,7 @@ def compare(
     budget_s: float | None = None,
     force: bool = False,
     events: Events | None = None,
+    measure: Measure = measure_speed,
 ) -> CompareResult:
     """Measure the stages that two runs have in common (or `stages` of them) again, interleaved, and compare them.
 
@@ -118,9 +105,9 @@ def compare(
         raise RecipeError(
             f"both are the same run, {a.folder.resolve()}", hint="`pipeline reproduce` does a run again and compares"
         )
-    forced = tuple(_unlike(a, b))
+    forced = tuple(unlike(a, b))
     if forced and not force:
-        told = "\n".join(f"  {_difference(d)}" for d in forced)
+        told = "\n".join(f"  {difference(d)}" for d in forced)
         raise RecipeError(
             f"the runs are not comparable:\n{told}",
             hint="--force measures what can be measured here, and the result says what was different",
@@ -139,6 +126,7 @@ def compare(
             budget_s=budget_s or a.recipe.evaluate.budget_s,
             forced=forced,
             events=events,
+            measure=measure,
         )
         if measured is not None:
             (folder.path / "samples.json").write_text(measured.model_dump_json(), encoding="utf-8")
@@ -146,68 +134,6 @@ def compare(
         (folder.path / COMPARISON_HTML).write_text(render_comparison_html(comparison), encoding="utf-8")
         (folder.path / COMPARISON_JSON).write_text(comparison.to_json(), encoding="utf-8")
     return CompareResult(comparison, folder.finished)
-
-
-# What is comparable
-
-
-def _unlike(a: PastRun, b: PastRun) -> Iterator[Unlike]:
-    """What the runs do not share with each other, or with this machine."""
-    here = describe_host().model_dump(mode="json")
-    for field, what in MACHINE.items():
-        values = [_machine(host, field) for host in (a.report.host, b.report.host, here)]
-        if len(set(values)) > 1:
-            yield Unlike(what=what, a=values[0], b=values[1], here=values[2])
-    before, after = (run.recipe.evaluate for run in (a, b))
-    told: list[tuple[str, Any, Any]] = [
-        ("device", a.report.hardware.get("device"), b.report.hardware.get("device")),
-        ("threads", a.report.threads, b.report.threads),
-        ("workload", before.workload.model_dump(mode="json"), after.workload.model_dump(mode="json")),
-        ("evaluation text", _text(a.report), _text(b.report)),
-        ("tokens that quality is measured on", _scoring(before.quality), _scoring(after.quality)),
-    ]
-    if _same_model(a.report) != _same_model(b.report):
-        told.append(("model", _model(a.report), _model(b.report)))
-    for what, old, new in told:
-        if old != new:
-            yield Unlike(what=what, a=_short(old), b=_short(new))
-
-
-def _difference(unlike: Unlike) -> str:
-    here = f", {unlike.here} here" if unlike.here is not None else ""
-    return f"{unlike.what}: {unlike.a} in RUN_A, {unlike.b} in RUN_B{here}"
-
-
-def _machine(host: Mapping[str, Any], field: str) -> str:
-    value = host.get(field)
-    if field == "memory_bytes" and isinstance(value, int):
-        return f"{value / 2**30:.1f} GiB"
-    if field == "gpus":
-        return ", ".join(str(gpu.get("name")) for gpu in value or () if isinstance(gpu, dict)) or "none"
-    return ABSENT if value is None else str(value)
-
-
-def _text(report: Report) -> str:
-    return report.lock.digests.get("evaluation_text", ABSENT)[:12]
-
-
-def _scoring(quality: Any) -> dict[str, int]:
-    return {"tokens": quality.tokens, "window": quality.window, "stride": quality.stride}
-
-
-def _model(report: Report) -> str:
-    source = report.model.source if report.model else ABSENT
-    digest = report.lock.digests.get("source")
-    return f"{source} ({digest[:12]})" if digest else source
-
-
-def _same_model(report: Report) -> str:
-    """What tells one model from another: its contents, else its name."""
-    return report.lock.digests.get("source") or (report.model.source if report.model else ABSENT)
-
-
-def _short(value: Any) -> str:
-    return value if isinstance(value, str) else canonical_json(value).decode()
 
 
 def _pairs(a: Report, b: Report, wanted: Sequence[str]) -> list[_Pair]:
@@ -241,6 +167,7 @@ def _compare(
     budget_s: float,
     forced: tuple[Unlike, ...],
     events: Events,
+    measure: Measure,
 ) -> tuple[Comparison, SpeedMeasurement | None]:
     seats: dict[str, StageToMeasure] = {}
     missing: dict[str, str] = {}
@@ -267,7 +194,7 @@ def _compare(
     measured = None
     wanted = a.recipe.evaluate
     if baseline is not None:
-        measured = measure_speed(
+        measured = measure(
             list(seats.values()),
             _workload(a.recipe),
             baseline=baseline,
@@ -281,7 +208,7 @@ def _compare(
         )
         notes += measured.notes
     figures = _medians(measured)
-    history = _History(a, b) if missing else None
+    history = History(a, b) if missing else None
     stages = [
         _stage(pair, a, b, measured, figures, missing=missing.get(pair.name), history=history, count=len(both))
         for pair in pairs
@@ -391,7 +318,7 @@ def _stage(
     medians: Medians,
     *,
     missing: str | None,
-    history: _History | None,
+    history: History | None,
     count: int,
 ) -> ComparedStage:
     digests = [stage.artifact.digest if stage.artifact else None for stage in (pair.a, pair.b)]
@@ -402,7 +329,7 @@ def _stage(
         status = "absent"
     elif missing is not None and history is not None:
         status = "unpaired"
-        speed = tuple(_unpaired(pair, history, a.recipe.evaluate.margin))
+        speed = tuple(unpaired_speed(pair.a, pair.b, history, a.recipe.evaluate.margin))
     elif measured is not None:
         speed = tuple(_paired(pair, measured, medians, count))
         reason = "; ".join(measured.failures[seat] for seat in pair.seats if seat in measured.failures) or None
@@ -458,9 +385,9 @@ def _quality(pair: _Pair, a: PastRun, b: PastRun) -> ComparedQuality | None:
     random = any(run.report.model is not None and run.report.model.random_weights for run in (a, b))
     if random:
         reason = "the weights are random: perplexity means nothing"
-    elif _text(a.report) != _text(b.report):
+    elif text_of(a.report) != text_of(b.report):
         reason = "the evaluation texts differ"
-    elif old.tokens != new.tokens or _scoring(a.recipe.evaluate.quality) != _scoring(b.recipe.evaluate.quality):
+    elif old.tokens != new.tokens or scoring_of(a.recipe.evaluate.quality) != scoring_of(b.recipe.evaluate.quality):
         reason = "not the same tokens were scored"
     elif old.perplexity is None or new.perplexity is None:
         reason = "a perplexity is not finite"
@@ -472,82 +399,5 @@ def _quality(pair: _Pair, a: PastRun, b: PastRun) -> ComparedQuality | None:
         perplexity_ratio=ratio,
         a_verdict=old.vs_baseline.verdict if old.vs_baseline else None,
         b_verdict=new.vs_baseline.verdict if new.vs_baseline else None,
-        reason=reason,
-    )
-
-
-# Unpaired
-
-
-class _History:
-    """How much runs of equal artifacts differ from each other, from the reports of both recipes on A's machine."""
-
-    def __init__(self, a: PastRun, b: PastRun) -> None:
-        machine = [_machine(a.report.host, field) for field in MACHINE]
-        self._times: dict[tuple[str, PointKey], dict[str, list[float]]] = {}
-        seen = set()
-        for home in (a.folder.resolve().parent, b.folder.resolve().parent):
-            for file in sorted(home.glob(f"*/{REPORT}")):
-                if file.parent.is_symlink() or file in seen:  # `latest` is one of the others
-                    continue
-                seen.add(file)
-                try:
-                    report = Report.model_validate_json(file.read_bytes())
-                except (OSError, ValidationError):  # of another version, or being removed
-                    continue
-                if [_machine(report.host, field) for field in MACHINE] == machine:
-                    self._add(report)
-
-    def _add(self, report: Report) -> None:
-        for stage in report.stages:
-            for point in stage.speed or ():
-                if stage.artifact is not None and point.latency_s.median > 0:
-                    groups = self._times.setdefault((stage.name, point.point), {})
-                    groups.setdefault(stage.artifact.digest, []).append(math.log(point.latency_s.median))
-
-    def spread(self, stage: str, point: PointKey) -> tuple[float, int, int]:
-        """(standard deviation of the logarithm of one run's median, its degrees of freedom, runs that told it)."""
-        groups = [v for v in self._times.get((stage, point), {}).values() if len(v) > 1]
-        freedom = sum(len(values) - 1 for values in groups)
-        squares = sum((v - sum(values) / len(values)) ** 2 for values in groups for v in values)
-        return (math.sqrt(squares / freedom) if freedom else math.nan), freedom, sum(map(len, groups))
-
-
-def _unpaired(pair: _Pair, history: _History, margin: float) -> Iterator[ComparedSpeed]:
-    """Ratios of the reports' medians, with the interval of two single runs."""
-    from scipy import stats
-
-    before = {point.point: point for point in pair.a.speed or ()}
-    for new in pair.b.speed or ():
-        old = before.get(new.point)
-        if old is None or min(old.latency_s.median, new.latency_s.median) <= 0:
-            continue
-        center = math.log(old.latency_s.median / new.latency_s.median)
-        spread, freedom, count = history.spread(pair.name, new.point)
-        ratio = None
-        if count < LEAST_RUNS:
-            reason = (
-                f"not known: how much one run differs from the next takes {LEAST_RUNS} runs of equal artifacts on this "
-                f"machine to tell, and there are {count}"
-            )
-        else:
-            half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * spread * math.sqrt(2)
-            low, high = math.exp(center - half), math.exp(center + half)
-            ratio = Ratio(ratio=math.exp(center), low=low, high=high, verdict=verdict(low, high, margin=margin))
-            reason = "unpaired: from the two reports"
-        yield _told(new, old, ratio, count, reason)
-
-
-def _told(new: Speed, old: Speed, ratio: Ratio | None, count: int, reason: str) -> ComparedSpeed:
-    return ComparedSpeed(
-        kind=new.kind,
-        batch=new.batch,
-        prompt=new.prompt,
-        new_tokens=new.new_tokens,
-        paired=False,
-        ratio=ratio,
-        a_latency_s=old.latency_s.median,
-        b_latency_s=new.latency_s.median,
-        runs_in_history=count,
         reason=reason,
     )

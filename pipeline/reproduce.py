@@ -133,7 +133,7 @@ def compare_here(past: PastRun, store: Store) -> Reproduction:
     plan: Plan | None = None
     try:
         choice = _selection(past)
-        plan = plan_recipe(past.recipe, store=store, until=choice.until, only=choice.only)
+        plan = plan_recipe(past.recipe, store=store, until=choice.until, only=choice.only or choice.ablate)
     except HostError as error:  # a model of the hub that is not here yet
         notes.append(f"the model's files were not compared: {error.message}")
     found = [
@@ -162,10 +162,10 @@ def reproduce(
 
     Raises: what `run` raises.
     """
-    until, only = _selection(past)
+    choice = _selection(past)._asdict()
 
     def again(store: Store) -> RunResult:
-        return run(past.recipe, store=store, until=until, only=only, measure=measure, runs=runs, events=events)
+        return run(past.recipe, store=store, measure=measure, runs=runs, events=events, **choice)
 
     if not fresh:
         return _compared(past, before, again(store))
@@ -191,13 +191,16 @@ def _compared(past: PastRun, before: Reproduction, result: RunResult) -> Reprodu
 
 
 class Selection(NamedTuple):
-    """The --until or the --only that a run was started with, as far as its stages tell."""
+    """The --until, --only or --ablate that a run was started with, as far as its report tells."""
 
     until: str | None = None
     only: str | None = None
+    ablate: str | None = None
 
 
 def _selection(past: PastRun) -> Selection:
+    if past.report.ablation is not None:
+        return Selection(ablate=past.report.ablation.stage)
     ran = {stage.name for stage in past.report.stages}
     names = past.recipe.stage_names
     if ran == set(names):
@@ -325,13 +328,14 @@ def _judged(old: StageReport, new: StageReport) -> str:
 
 
 def _speeds(name: str, old: StageReport, new: StageReport) -> Iterator[FigureOutcome]:
-    before = {(p.kind, p.batch, p.prompt): p.tokens_per_s for p in old.speed or ()}
+    before = {point.point: point.tokens_per_s for point in old.speed or ()}
     for point in new.speed or ():
-        a, b = before.get((point.kind, point.batch, point.prompt)), point.tokens_per_s
+        a, b = before.get(point.point), point.tokens_per_s
         if a is not None:
             yield FigureOutcome(
                 stage=name,
-                figure=f"{point.kind}, batch {point.batch}, prompt {point.prompt}",
+                figure=f"{point.kind}, batch {point.batch}, prompt {point.prompt}"
+                + (f", {point.new_tokens} new tokens" if point.new_tokens else ""),
                 then=f"{a.median:,.1f} tok/s ({a.low:,.1f}–{a.high:,.1f})",
                 now=f"{b.median:,.1f} tok/s ({b.low:,.1f}–{b.high:,.1f})",
                 says=f"{b.median / a.median:.2f} ×, unpaired",

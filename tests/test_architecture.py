@@ -22,6 +22,8 @@ FLOORS = [
     ["report"],
     ["run_folder", "ablation"],
     ["run", "reproduce", "diff", "diff_page"],
+    ["comparable"],
+    ["unpaired"],
     ["compare", "cells"],
     ["cli", "__main__"],
 ]

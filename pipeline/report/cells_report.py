@@ -31,6 +31,7 @@ class CellFacts(Part):
     size_bytes: int | None = Field(None, description="weights of the source")
     rounds: int | None = None
     launches: int | None = None
+    ended: str | None = Field(None, description="decided, looks or budget: why there were no more rounds")
     noise_floor: dict[str, float] = Field(
         default_factory=dict, description="by workload point, as a share: how much the baseline differs from itself"
     )
@@ -165,7 +166,8 @@ def changed_in_words(effect: Effect | None) -> str | None:
     before, after = effect.nodes or (None, None)
     if effect.kind == "none":
         return "nothing" if after is None else f"0 of {after:,} nodes"
-    told = [f"{rule}: {done:,} of {of:,}" for rule, (done, of) in effect.rules.items()]
+    rules = effect.rules if len(effect.rules) == 1 else {r: counts for r, counts in effect.rules.items() if counts[0]}
+    told = [f"{rule}: {done:,} of {of:,}" for rule, (done, of) in rules.items()]
     if effect.weights_quantized is not None:
         done, of = effect.weights_quantized
         told.append(f"{done:,} of {of:,} weights quantized")
@@ -180,8 +182,11 @@ def _facts(outcome: CellOutcome) -> CellFacts:
     floors, source = {}, None
     schedule = None
     if report is not None:
-        lost = [f"{s.name} {s.status}: {s.reason}" for s in report.stages if _has_no_figures(s)]
-        error = "; ".join(lost) or None
+        lost = [s for s in report.stages if _has_no_figures(s)]
+        causes = [s for s in lost if s.status != "skipped"] or lost  # what was skipped was skipped for one of these
+        others = [s.name for s in lost if s not in causes]
+        error = "; ".join(f"{s.name} {s.status}: {s.reason}" for s in causes) or None
+        error = error and error + (f"; skipped: {', '.join(others)}" if others else "")
         floors = {_key(f.point): _share(f.ratio_low, f.ratio_high) for f in report.noise_floor}
         source = report.stages[0].artifact if report.stages else None
         schedule = report.schedule
@@ -195,6 +200,7 @@ def _facts(outcome: CellOutcome) -> CellFacts:
         size_bytes=source.weights_bytes if source else None,
         rounds=schedule.rounds if schedule else None,
         launches=schedule.launches if schedule else None,
+        ended=schedule.ended if schedule else None,
         noise_floor=floors,
     )
 

@@ -26,7 +26,7 @@ def time_in_words(figure: CellFigure) -> tuple[str, str]:
     if time is None:
         return "–", figure.reason or ""
     mean = f"; mean {duration(figure.mean_s)}" if figure.mean_s is not None else ""
-    return duration(time.median), f"{between(time.low, time.high)}{mean}"
+    return duration(time.median), f"{between(time)}{mean}"
 
 
 def speed_up(ratio: Ratio) -> str:
@@ -78,26 +78,47 @@ def floor_in_words(floor: float | None) -> str:
     return "not known" if floor is None else percent(floor)
 
 
+FEW_CELLS = 4
+"""Of more cells the headline tells the number of each verdict instead of every figure."""
+
+
 def headline(report: CellsReport) -> list[str]:
-    """A sentence for each stage at each workload point: in how many cells it was found what, and what it changed."""
+    """A sentence for each stage at each workload point: what it changed, and what was found in which cell."""
     said = []
     for point in report.points:
         for stage in point.stages:
-            ratios = [f for f in stage.figures if f.vs_baseline is not None]
-            if not ratios:
-                continue
-            verdicts = [f.vs_baseline.verdict for f in ratios if f.vs_baseline]
-            counts = ", ".join(
-                f"{verdict} in {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts)
-            )  # in the order of the cells
-            nothing = all(f.effect == "none" for f in ratios)
-            what = f"changed nothing ({ratios[0].changed})" if nothing else "changed the model"
-            told = "; ".join(f"{speed_up(f.vs_baseline)}" for f in ratios if f.vs_baseline)
-            where = point.kind if len(report.points) > 1 else ""
-            cells = f"of {len(ratios)} cell{'s' if len(ratios) != 1 else ''}"
-            said.append(f"{stage.name} {what}: {where + ' ' if where else ''}{counts} {cells} ({told}).")
-    failed = [c for c in report.cells if c.run is None]
+            told = [
+                (cell.label, figure)
+                for cell, figure in zip(report.cells, stage.figures, strict=True)
+                if figure.vs_baseline is not None
+            ]
+            if told:
+                where = f", {point.kind}" if len(report.points) > 1 else ""
+                said.append(f"{stage.name} {_changed([f for _, f in told])}{where}: {_found(told)}.")
+    failed = [cell.label for cell in report.cells if cell.error is not None]
     if failed:
-        names = ", ".join(c.label for c in failed)
-        said.append(f"{len(failed)} of {len(report.cells)} cells did not run: {names}.")
+        said.append(f"{len(failed)} of {len(report.cells)} cells failed in whole or in part: {'; '.join(failed)}.")
     return said
+
+
+def _changed(figures: list[CellFigure]) -> str:
+    counts = list(dict.fromkeys(figure.changed for figure in figures if figure.changed))
+    if all(figure.effect == "none" for figure in figures):
+        return f"changed nothing ({' and '.join(counts)})" if counts else "changed nothing"
+    return (
+        f"({'; '.join(counts)})" if len(counts) == 1 else "(changed the model)" if counts else "(the model as it came)"
+    )
+
+
+def _found(told: list[tuple[str, CellFigure]]) -> str:
+    if len(told) > FEW_CELLS:
+        verdicts = [figure.vs_baseline.verdict for _, figure in told if figure.vs_baseline]
+        return ", ".join(f"{word} in {verdicts.count(word)} cells" for word in dict.fromkeys(verdicts))
+    return "; ".join(
+        f"{speed_up(figure.vs_baseline)} in {label} ({figure.vs_baseline.verdict}"
+        + (", inside the noise floor" if figure.vs_baseline.inside_floor else "")
+        + ("; BROKEN" if figure.broken else "")
+        + ")"
+        for label, figure in told
+        if figure.vs_baseline
+    )

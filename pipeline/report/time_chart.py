@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pipeline.report.cells_report import CellsReport, PointOverCells
 from pipeline.report.charts import Axis, Tick
+from pipeline.report.schema import Interval
 
 LOGARITHMIC_FROM = 3.0
 """An axis whose ends differ by this factor or more is logarithmic."""
@@ -86,11 +87,11 @@ def time_chart(report: CellsReport, point: PointOverCells, *, width: int, height
             if time is None:
                 continue
             x = round(left + across * x_axis.at(report.axis.values[figure.cell]) / 100 + aside, 1)
-            told = f"{stage.name}, {labels[figure.cell]}: {duration(time.median)} ({between(time.low, time.high)})"
+            told = f"{stage.name}, {labels[figure.cell]}: {duration(time.median)} ({between(time)})"
             marks.append(TimeMark(x, y(time.median), y(time.low), y(time.high), told))
         path = " ".join(f"{m.x},{m.y}" for m in marks)
         lines.append(Line(name=stage.name, look=i % SERIES, marks=tuple(marks), path=path))
-    most = max(8, round(across / max(1, len(used)) / (font * 0.6)))
+    most = max(8, round(across / (len(used) + 0.5) / (font * 0.6)))
     x_ticks = [
         Tick(round(left + across * x_axis.at(report.axis.values[cell]) / 100, 1), _short(labels[cell], most))
         for cell in used
@@ -117,12 +118,11 @@ def duration(seconds: float) -> str:
     return f"{_digits(seconds * scale)} {unit}"
 
 
-def between(low: float, high: float) -> str:
-    """An interval of times in the unit of its lower end: `44.9–46.0 ms`."""
-    if not math.isfinite(high):
-        return f"from {duration(low)}"
-    unit, scale = _unit(low)
-    return f"{_digits(low * scale)}–{_digits(high * scale)} {unit}"
+def between(time: Interval) -> str:
+    """An interval of times in the unit of its median: `44.9–46.0 ms`."""
+    unit, scale = _unit(time.median)
+    high = _digits(time.high * scale) if math.isfinite(time.high) else "∞"
+    return f"{_digits(time.low * scale)}–{high} {unit}"
 
 
 def _unit(seconds: float) -> tuple[str, float]:
@@ -166,7 +166,7 @@ def _size_axis(values: Sequence[float]) -> Axis:
     if low == high:
         return Axis(low * 0.5, high * 1.5, False)
     if low > 0 and high >= LOGARITHMIC_FROM * low:
-        room = math.exp(math.log(high / low) * 0.14)
+        room = math.exp(math.log(high / low) * 0.2)
         return Axis(low / room, high * room, True)
-    room = (high - low) * 0.14
+    room = (high - low) * 0.2
     return Axis(low - room, high + room, False)
