@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 Clock = Callable[[], float]
 """Seconds that only go forward, as time.perf_counter."""
 
+BUSY_LOAD = 0.5
+"""A load average above which figures may be too low."""
+
 _MIB = 1024**2
 _MEASURING_S = 3.0  # in all; starting Python, importing torch and filling memory come on top
 _WORKER_TIMEOUT_S = 180.0
@@ -101,7 +104,7 @@ class ProbeResult(BaseModel):
     @property
     def was_busy(self) -> bool:
         """Whether other work ran on the host when the probe began: its figures may then be too low."""
-        return self.load_average_1m is not None and self.load_average_1m >= 0.5
+        return self.load_average_1m is not None and self.load_average_1m >= BUSY_LOAD
 
 
 # --- run once and keep -----------------------------------------------------------------------------------------------
@@ -386,10 +389,12 @@ def _onnxruntime_products(data_type: str, size: int, threads: int) -> dict[str, 
     domain, operator = _ONNXRUNTIME_OPERATORS[data_type]
     random = np.random.default_rng(0)
     left = random.standard_normal((size, size), dtype=np.float32)
-    weights: dict[str, npt.NDArray[Any]] = {"b": random.standard_normal((size, size), dtype=np.float32)}
+    weights: dict[str, npt.NDArray[Any]]
     if data_type == "int8":
         scales = np.full(size, 0.01, np.float32)
         weights = {"b": random.integers(-127, 128, (size, size), dtype=np.int8), "scales": scales}
+    else:
+        weights = {"b": random.standard_normal((size, size), dtype=np.float32)}
     graph = helper.make_graph(
         [helper.make_node(operator, ["a", *weights], ["y"], domain=domain)],
         "product",

@@ -50,6 +50,8 @@ class Timing(NamedTuple):
     point: Point
     work: Work
     seconds: float | None
+    best_s: float | None = None
+    """In the fastest block: other work on the machine only ever slows one. None: `seconds`."""
 
 
 class Subject(NamedTuple):
@@ -164,24 +166,26 @@ class _Reached(NamedTuple):
 
     share: float
     of: str
-    seconds: float
+    best_share: float
+    best_s: float
 
 
 def _reached(timing: Timing, ceilings: Ceilings) -> _Reached | None:
     memory, arithmetic = _memory_s(timing.work, ceilings), _arithmetic_s(timing.work, ceilings)
     if not timing.seconds or memory is None or arithmetic is None:
         return None
-    if memory >= arithmetic:
-        return _Reached(memory / timing.seconds, "bandwidth", timing.seconds)
-    return _Reached(arithmetic / timing.seconds, f"{timing.work.compute_dtype} arithmetic", timing.seconds)
+    least, of = max((memory, "bandwidth"), (arithmetic, f"{timing.work.compute_dtype} arithmetic"))
+    best_s = timing.best_s or timing.seconds
+    return _Reached(least / timing.seconds, of, least / best_s, best_s)
 
 
 def flag_of(subject: Subject, subjects: Sequence[Subject], ceilings: Ceilings) -> str | None:
     """What to look at where a stage is far below its siblings, the other stages of its format; None where it is not.
 
     At a workload point, its share of the roofline is less than a fifth of a sibling's, it takes more than twice that
-    sibling's time, and longer than calling its operators may take. What reads from a cache can exceed the bandwidth:
-    such shares count as 1. Below 1 % it is flagged without a sibling, too. The first such point of each kind is told.
+    sibling's time, and longer than calling its operators may take: all in the fastest block of each, so that no crowded
+    hour looks like a slow kernel. What reads from a cache can exceed the bandwidth: such shares count as 1. Below 1 %
+    it is flagged without a sibling, too. The first such point of each kind is told.
     """
     found: dict[str, str] = {}
     for timing in subject.timings:
@@ -197,7 +201,7 @@ def flag_of(subject: Subject, subjects: Sequence[Subject], ceilings: Ceilings) -
 def _flag_at(timing: Timing, subject: Subject, subjects: Sequence[Subject], ceilings: Ceilings) -> str | None:
     mine = _reached(timing, ceilings)
     calls_s = timing.work.launches * LAUNCH_S.get(subject.format, 0.0)
-    if mine is None or mine.seconds <= calls_s:
+    if mine is None or mine.best_s <= calls_s:
         return None
     siblings = [
         reached
@@ -206,12 +210,16 @@ def _flag_at(timing: Timing, subject: Subject, subjects: Sequence[Subject], ceil
         for theirs in other.timings
         if theirs.point == timing.point and (reached := _reached(theirs, ceilings)) is not None
     ]
-    better = [r for r in siblings if FAR_BELOW * mine.share < min(r.share, 1.0) and r.seconds * SLOWER < mine.seconds]
+    better = [
+        theirs
+        for theirs in siblings
+        if FAR_BELOW * mine.best_share < min(theirs.best_share, 1.0) and SLOWER * theirs.best_s < mine.best_s
+    ]
     said = f"{timing.point.kind} uses {percent(mine.share)} of the {mine.of}"
     if better:
         low, high = (percent(edge(r.share for r in better)) for edge in (min, max))
         return f"{said}, its siblings {low if low == high else f'{low} to {high}'}"
-    if mine.share < LEAST_SHARE and mine.seconds > FLOOR_LAUNCHES * calls_s:
+    if mine.best_share < LEAST_SHARE and mine.best_s > FLOOR_LAUNCHES * calls_s:
         return said
     return None
 

@@ -314,7 +314,7 @@ def _with_rooflines(
         Subject(
             name=stage.name,
             format=stage.artifact.format,
-            timings=_timings(measured.work[stage.name], stage),
+            timings=_timings(measured.work[stage.name], stage, measured.speed),
             reasons=tuple(f"{n.count} {n.operator}: {n.reason}" for n in stage.effect.slow_nodes)
             if stage.effect
             else (),
@@ -327,11 +327,20 @@ def _with_rooflines(
     return tuple(s.model_copy(update={"roofline": found.get(s.name)}) for s in stages)
 
 
-def _timings(work: Mapping[Point, Work], stage: StageReport) -> list[Timing]:
+def _timings(work: Mapping[Point, Work], stage: StageReport, speed: SpeedMeasurement | None) -> list[Timing]:
     """The work at each workload point with the time that it took, where that was measured."""
     seconds = {p.point: p.latency_s.median for p in stage.speed or ()}
+    best: dict[Point, float] = {}
+    for sample in speed.samples if speed else ():
+        if sample.stage == stage.name:
+            best[sample.point] = min(best.get(sample.point, sample.latency_s), sample.latency_s)
     return [
-        Timing(point, asked, seconds.get((point.kind, point.batch, point.prompt, point.new_tokens or None)))
+        Timing(
+            point,
+            asked,
+            seconds.get((point.kind, point.batch, point.prompt, point.new_tokens or None)),
+            best.get(point),
+        )
         for point, asked in work.items()
     ]
 

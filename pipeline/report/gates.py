@@ -98,6 +98,10 @@ def _nodes(stage: StageReport) -> int | None:
     return stage.effect.nodes[1] if stage.effect and stage.effect.nodes else None
 
 
+def _slow_nodes(stage: StageReport) -> int | None:
+    return sum(nodes.count for nodes in stage.effect.slow_nodes) if stage.effect and stage.effect.nodes else None
+
+
 def _quantized(stage: StageReport) -> float | None:
     done, of = (stage.effect.weights_quantized if stage.effect else None) or (0, 0)
     return done / of if of else None
@@ -129,6 +133,22 @@ def _scored(read: Callable[[QualityFacts], float | None], *, needs_pair: bool = 
     return bounds
 
 
+def _break_even(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+    """Never, where it was measured and is not faster: no bound from above holds."""
+    found = stage.break_even
+    if found is not None:
+        never = math.inf
+        return [Bounds(*(never if tokens is None else float(tokens) for tokens in (found.low, found.high)))]
+    ratios = [point.vs_baseline for point in stage.speed or () if point.kind in ("decode", "forward")]
+    if any(r is not None and r.verdict != "faster" for r in ratios[:1]):
+        return [Bounds(math.inf, math.inf)]
+    return []
+
+
+def _roofline(field: str) -> Read:
+    return _one(lambda stage: getattr(stage.roofline, field) if stage.roofline else None)
+
+
 METRICS: dict[str, Metric] = {
     "decode_speedup": Metric("tokens/s of decode over the baseline's", _speedup("decode"), by_point=True),
     "prefill_speedup": Metric("tokens/s of prefill over the baseline's", _speedup("prefill"), by_point=True),
@@ -142,10 +162,22 @@ METRICS: dict[str, Metric] = {
         _speedup("prefill", "vs_parent"),
         by_point=True,
     ),
+    "forward_speedup": Metric("tokens/s of whole passes over the baseline's", _speedup("forward"), by_point=True),
+    "forward_speedup_over_parent": Metric(
+        "tokens/s of whole passes over those of the stage that it was made from",
+        _speedup("forward", "vs_parent"),
+        by_point=True,
+    ),
     "decode_tokens_per_s": Metric("decoded tokens a second", _rate("decode", "tokens_per_s"), by_point=True),
     "prefill_tokens_per_s": Metric("prompt tokens a second", _rate("prefill", "tokens_per_s"), by_point=True),
     "decode_latency_s": Metric("seconds for one token", _rate("decode", "latency_s"), by_point=True),
     "prefill_latency_s": Metric("seconds for one prompt", _rate("prefill", "latency_s"), by_point=True),
+    "forward_tokens_per_s": Metric("tokens a second of whole passes", _rate("forward", "tokens_per_s"), by_point=True),
+    "forward_latency_s": Metric("seconds for one whole pass", _rate("forward", "latency_s"), by_point=True),
+    "mbu": Metric("share of the host's bandwidth that decode used, at its first workload point", _roofline("mbu")),
+    "mfu": Metric("share of the host's arithmetic that the first prompt, or whole pass, used", _roofline("mfu")),
+    "bytes_per_token": Metric("read from memory for one decoded token, counted", _roofline("bytes_per_token")),
+    "break_even_tokens": Metric("tokens after which its making is earned back; infinite where never", _break_even),
     "perplexity": Metric("on the held-out text", _scored(lambda q: q.perplexity)),
     "perplexity_ratio": Metric("perplexity over the baseline's, paired", _perplexity_ratio),
     "kl_divergence": Metric("KL(baseline || stage), nats per token", _paired("kl_divergence")),
@@ -158,8 +190,13 @@ METRICS: dict[str, Metric] = {
     "load_ratio": Metric("load_s over the baseline's", _over_baseline(_load)),
     "cold_load_s": Metric("seconds to load, files not in the page cache", _one(_cold_load)),
     "peak_memory_bytes": Metric("of inference, anonymous + shared", _one(_memory)),
+    "device_peak_memory_bytes": Metric("of the CUDA allocator", _one(lambda s: s.device_peak_memory_bytes)),
     "peak_memory_ratio": Metric("peak_memory_bytes over the baseline's", _over_baseline(_memory)),
     "nodes": Metric("nodes of the graph", _one(_nodes)),
+    "casts": Metric(
+        "Cast nodes of the graph", _one(lambda s: s.effect.casts[1] if s.effect and s.effect.casts else None)
+    ),
+    "slow_nodes": Metric("nodes without a fast kernel at their settings", _one(_slow_nodes)),
     "weights_quantized": Metric("share of the parent's weights that the stage quantized", _one(_quantized)),
     "conversion_memory_bytes": Metric("of the pass, anonymous + shared", _one(lambda s: s.cost.peak_memory_bytes)),
     "conversion_s": Metric("seconds that the pass took when it ran", _one(lambda s: s.cost.wall_s)),

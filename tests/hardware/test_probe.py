@@ -110,6 +110,16 @@ def test_a_host_is_measured_once(tmp_path: Path) -> None:
     assert second == first
 
 
+def test_each_number_of_threads_has_a_result_of_its_own(tmp_path: Path) -> None:
+    measurement = Measurement()
+    both, one = (probe(a_host(), tmp_path, threads=threads, measure=measurement) for threads in (2, 1))
+    assert measurement.times == 2
+    assert both != one
+    assert cached_probe(a_host(), tmp_path, threads=1) == one
+    assert cached_probe(a_host(), tmp_path) == both  # as many as the host has cores
+    assert cached_probe(a_host(), tmp_path, threads=3) is None
+
+
 def test_again_measures_anew_and_keeps_the_new_result(tmp_path: Path) -> None:
     measurement = Measurement()
     probe(a_host(), tmp_path, measure=measurement)
@@ -260,6 +270,31 @@ def test_the_buffer_is_well_beyond_the_cache_and_within_the_memory(
     assert probe_module._buffer_bytes(host) == expected
 
 
+# --- matrix products
+
+
+@pytest.mark.parametrize(("data_type", "tolerance"), [("float32", 1e-4), ("int8", 0.02)])
+def test_the_products_of_onnxruntime_are_products(data_type: str, tolerance: float) -> None:
+    import numpy as np
+
+    ((name, multiply),) = probe_module._onnxruntime_products(data_type, 64, 1).items()
+    random = np.random.default_rng(0)
+    left = random.standard_normal((64, 64), dtype=np.float32)
+    if data_type == "float32":
+        expected = left @ random.standard_normal((64, 64), dtype=np.float32)
+    else:
+        expected = left @ (random.integers(-127, 128, (64, 64), dtype=np.int8).astype(np.float32) * np.float32(0.01))
+    (product,) = multiply()  # type: ignore[misc]
+    assert name.startswith("onnxruntime ")
+    assert np.abs(product - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_without_onnxruntime_only_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert probe_module._onnxruntime_products("float32", 8, 1) == {}
+    assert probe_module._onnxruntime_version() is None
+
+
 # --- the worker
 
 
@@ -277,6 +312,8 @@ def test_the_worker_is_started_as_a_module_that_measures(tmp_path: Path, monkeyp
     assert measure_in_worker(seconds=1.5) == a_result()
     arguments = (tmp_path / "arguments").read_text().split()
     assert arguments == ["-P", "-m", "pipeline.hardware.probe", "--measure", "--seconds", "1.5"]
+    measure_in_worker(seconds=1.5, threads=3)
+    assert (tmp_path / "arguments").read_text().split() == [*arguments, "--threads", "3"]
 
 
 def test_a_worker_that_fails_is_a_host_error_with_its_last_words(
@@ -308,7 +345,9 @@ def test_the_real_worker_measures_this_machine_wherever_it_is_started(
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('a file of the user was imported')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    result = measure_in_worker(seconds=0.2)
+    result = measure_in_worker(seconds=0.2, threads=1)
+    assert result.threads == 1
+    assert result.onnxruntime is not None
     float32 = result.gemm_gflops["float32"]
     assert float32 is not None
     assert 0 < float32.low <= float32.median <= float32.value

@@ -15,7 +15,16 @@ from pipeline.recipe.schema import parse_gate
 from pipeline.report.build import pareto
 from pipeline.report.figures import megabytes
 from pipeline.report.gates import METRICS, Condition, evaluate_gate
-from pipeline.report.schema import GateResult, ModelFacts, Report, report_json_schema
+from pipeline.report.schema import (
+    BreakEven,
+    GateResult,
+    ModelFacts,
+    Report,
+    Roofline,
+    SlowNodes,
+    Speed,
+    report_json_schema,
+)
 from pipeline.report.terminal import render_text
 
 GOLDEN = Path(__file__).parent / "golden.txt"
@@ -112,7 +121,69 @@ def test_every_metric_reads_the_measured_baseline_or_says_nothing(name: str, rep
         "kl_divergence",
         "top1_agreement",
         "max_abs_logit_error",
+        "forward_speedup",
+        "forward_speedup_over_parent",
+        "forward_tokens_per_s",
+        "forward_latency_s",
+        "mbu",
+        "mfu",
+        "bytes_per_token",
+        "break_even_tokens",
+        "device_peak_memory_bytes",
+        "casts",
+        "slow_nodes",
     }
+
+
+def in_full(report: Report) -> Report:
+    """The report with what the newer metrics read, at `int4`: a whole pass, a roofline, an effect in full."""
+    stage = report.stage("int4")
+    forward = stage.speed[0].model_copy(update={"kind": "forward"})  # type: ignore[index]
+    update = {
+        "speed": (*(stage.speed or ()), forward),
+        "roofline": Roofline(mbu=0.3, mfu=0.2, bytes_per_token=1000),
+        "break_even": BreakEven(cost_s=60.0, tokens=12_400, low=11_800, high=13_100, kind="decode"),
+        "device_peak_memory_bytes": 5_000,
+        "effect": stage.effect.model_copy(  # type: ignore[union-attr]
+            update={"casts": (4, 9), "slow_nodes": (SlowNodes(operator="MatMulNBits", count=15, reason="level 0"),)}
+        ),
+    }
+    stages = tuple(s.model_copy(update=update) if s.name == "int4" else s for s in report.stages)
+    return report.model_copy(update={"stages": stages})
+
+
+@pytest.mark.parametrize(
+    ("text", "observed"),
+    [
+        ("int4.forward_speedup >= 0.99", 0.997),
+        ("int4.forward_speedup_over_parent <= 1.01", 1.006),
+        ("int4.forward_tokens_per_s > 4000", 4330.0 * 0.98),
+        ("int4.forward_latency_s <= 1", 1.02 / 4330.0),
+        ("int4.mbu >= 0.3", 0.3),
+        ("int4.mfu >= 0.2", 0.2),
+        ("int4.bytes_per_token <= 1e3", 1000),
+        ("int4.break_even_tokens <= 13100", 13_100),
+        ("int4.device_peak_memory_bytes <= 5e3", 5_000),
+        ("int4.casts <= 9", 9),
+        ("int4.slow_nodes <= 15", 15),
+    ],
+)
+def test_a_gate_reads_a_newer_figure(text: str, observed: float, report: Report) -> None:
+    found = gate(text, in_full(report))
+    assert (found.result, found.observed) == ("passed", pytest.approx(observed))
+
+
+def test_what_is_never_earned_back_fails_every_bound(report: Report) -> None:
+    """int4's decode is inconclusive: no number of tokens is known to earn its making back."""
+    assert gate("int4.break_even_tokens <= 1e18", report).result == "failed"
+    open_ended = BreakEven(cost_s=60.0, tokens=12_400, low=11_800, high=None, kind="decode")
+    stages = tuple(s.model_copy(update={"break_even": open_ended}) for s in report.stages)
+    assert gate("int4.break_even_tokens <= 1e18", report.model_copy(update={"stages": stages})).result == "failed"
+
+
+def test_without_a_measurement_nothing_is_said_of_breaking_even(report: Report) -> None:
+    assert gate("bad.break_even_tokens <= 1", report).result == "not_evaluated"
+    assert gate("source.break_even_tokens <= 1", report).result == "not_evaluated"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +211,18 @@ def test_a_ratio_to_a_baseline_that_was_not_measured_is_not_evaluated(report: Re
 def test_the_front_of_random_weights_is_one_of_agreement(report: Report) -> None:
     random = report.model_copy(update={"model": ModelFacts(source="architecture: llama", random_weights=True)})
     assert pareto(random) == ("source", "export_onnx")
+
+
+def test_where_nothing_is_decoded_the_front_is_one_of_whole_passes(report: Report) -> None:
+    def passing(points: tuple[Speed, ...] | None) -> tuple[Speed, ...] | None:
+        """Of each stage, what was its decode, as a whole pass."""
+        found = [
+            p.model_copy(update={"kind": "forward", "new_tokens": None}) for p in points or () if p.kind == "decode"
+        ]
+        return tuple(found) or None
+
+    stages = tuple(s.model_copy(update={"speed": passing(s.speed)}) for s in report.stages)
+    assert pareto(report.model_copy(update={"stages": stages})) == pareto(report)
 
 
 def test_a_broken_stage_is_never_on_the_front() -> None:
