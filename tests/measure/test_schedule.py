@@ -1,6 +1,7 @@
 import os
 import random
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,7 @@ def test_samples_taken_before_a_failure_are_kept_and_the_reason_says_how_many_ro
     host.fail("export", "block", after=2)
     measured = measure(host, artifacts)
     assert sum(s.stage == "export" for s in measured.samples) == 2
-    assert "after 1 round:" in measured.failures["export"]
+    assert "in launch 1, after 1 round: " in measured.failures["export"]
 
 
 @pytest.mark.parametrize("request_name", ["load", "warm_up"])
@@ -362,7 +363,7 @@ def test_a_stage_that_fails_in_a_later_launch_keeps_its_rounds(
     host.fail("export", request_name, after=1 if request_name == "load" else 2)
     measured = measure(host, artifacts)
     assert {s.launch for s in measured.samples if s.stage == "export"} == {0}
-    assert "after 4 rounds" in measured.failures["export"]
+    assert "in launch 2, after 4 rounds: " in measured.failures["export"]
     assert {s.launch for s in measured.samples if s.stage == "int4"} == {0, 1, 2}
     assert host.started.count("export") == 2
 
@@ -578,6 +579,90 @@ def test_a_baseline_that_is_no_stage_is_refused(host: FakeHost, artifacts: dict[
 def test_the_result_survives_json(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
     measured = measure(host, artifacts, budget_s=1)
     assert SpeedMeasurement.model_validate_json(measured.model_dump_json()) == measured
+
+
+PADDED_RUNNER = """
+import time
+from pipeline.measure import block
+from pipeline.runtime.onnxruntime import OnnxRuntimeRunner
+
+# the cores may be shared with other tests: seconds of this process's own are the same on an idle machine and a busy one
+for timed in (block.run_block, block.warm_up):
+    timed.__kwdefaults__["clock"] = time.process_time_ns
+
+class PaddedRunner(OnnxRuntimeRunner):
+    def __init__(self, artifact, spec):
+        super().__init__(artifact, spec)
+        self.least_s = artifact.manifest.execution["least_s"]
+
+    def prefill(self, tokens):
+        return self.padded(super().prefill, tokens)
+
+    def decode(self, tokens):
+        return self.padded(super().decode, tokens)
+
+    def padded(self, run, tokens):
+        end = time.process_time() + self.least_s
+        logits = run(tokens)
+        while time.process_time() < end:
+            pass
+        return logits
+"""
+
+
+@pytest.fixture
+def padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: dict[str, Artifact]) -> Callable[..., Artifact]:
+    """Artifacts of a stranger's format, whose runner takes so long for each prompt and token."""
+    plugin = tmp_path / "plugin"
+    (plugin / "padded-1.0.dist-info").mkdir(parents=True)
+    (plugin / "padded.py").write_text(PADDED_RUNNER)
+    (plugin / "padded-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: padded\nVersion: 1.0\n")
+    entry_points = "[pipeline.runners]\npadded = padded:PaddedRunner\n"
+    (plugin / "padded-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
+    monkeypatch.setenv("PYTHONPATH", str(plugin))
+
+    def make(least_s: float) -> Artifact:
+        source = artifacts["source"]
+        update = {"format": "padded", "execution": {"least_s": least_s}}
+        return Artifact(source.manifest.model_copy(update=update), source.blobs)
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_runner_that_takes_3_percent_longer_is_slower_and_a_copy_is_not(
+    tmp_path: Path, padded: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.measure.schedule.BLOCK_S", 0.05)
+    stages = [
+        StageToMeasure(name, padded(least_s), ExecutionSpec())
+        for name, least_s in (("source", 0.004), ("copy", 0.004), ("longer", 0.004 * 1.03))
+    ]
+    measured = measure_speed(
+        stages,
+        WORKLOAD,
+        baseline="source",
+        budget_s=300,
+        looks=(12, 30, 80),
+        seed=0,
+        logs=tmp_path / "logs",
+    )
+    assert measured.failures == {}
+    assert measured.fits
+    found = speed_figures(
+        measured.samples,
+        baseline="source",
+        parents={"source": None, "copy": "source", "longer": "source"},
+        plan=measured.plan,
+        looks_taken=measured.looks_taken,
+    )
+    verdicts = {
+        name: {p.kind: p.vs_baseline.verdict for p in points if p.vs_baseline is not None}
+        for name, points in found.stages.items()
+    }
+    assert verdicts["longer"] == {"prefill": "slower", "decode": "slower"}
+    assert verdicts["copy"].keys() == {"prefill", "decode"}
+    assert not set(verdicts["copy"].values()) & {"faster", "slower"}
 
 
 @pytest.mark.slow
