@@ -49,6 +49,15 @@ def tensor_parameters(artifact: Artifact) -> int:
     return sum(spans.values())
 
 
+def changed_modules(before: Artifact, after: Artifact) -> dict[str, tuple[int, int]]:
+    """Modules by class, before and after, where the number changed; empty where transformers cannot build either."""
+    old = count_modules(before)
+    new = count_modules(after) if old else old
+    if not new:
+        return {}
+    return {name: (old[name], new[name]) for name in sorted(old.keys() | new.keys()) if old[name] != new[name]}
+
+
 def count_modules(artifact: Artifact) -> Counter[str]:
     """Modules by class, of the model that its configuration describes; empty where transformers cannot build it."""
     try:
