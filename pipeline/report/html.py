@@ -129,6 +129,9 @@ def render_html(report: Report) -> str:
         apart=lambda point: apart(point, report),
         shown_verdict=lambda stage, point: shown_verdict(stage, point, report),
         short_flag=words.short_flag,
+        is_extra=lambda stage: words.is_extra(stage, report),
+        earned_back=words.earned_back,
+        alike=predict_alike(report),
         point_in_words=point_in_words,
         front_kind=words.front_kind(report),
         region_style=Markup(REGION_STYLE),  # noqa: S704 - a constant
@@ -181,7 +184,7 @@ def quality_chart(report: Report) -> QualityChart | None:
             continue
         dots.append(Dot(stage.name, point.tokens_per_s, loss, stage.name in report.pareto,
                         stage.name == report.baseline))  # fmt: skip
-    if len(dots) < 2 or all(abs((d.y.ratio or 1.0) - 1) < ALIKE for d in dots):
+    if len(dots) < 2 or predict_alike(report):
         return None
     against = f"× {report.baseline}, lower is better"
     return QualityChart(
@@ -192,6 +195,14 @@ def quality_chart(report: Report) -> QualityChart | None:
         front=tuple(n for n in report.pareto if n in {d.name for d in dots}),
         left_out=tuple(left_out),
     )
+
+
+def predict_alike(report: Report) -> bool:
+    """Whether several models were scored whose quality does not tell them apart; broken ones aside."""
+    random = words.has_random_weights(report)
+    whole = [s for s in report.stages if s.quality is not None and not words.is_broken(s)]
+    losses = [loss.ratio for s in whole if (loss := _loss(s, report, random=random)) is not None]
+    return len(losses) > 1 and all(loss is not None and abs(loss - 1) < ALIKE for loss in losses)
 
 
 def cost_rows(report: Report) -> tuple[CostRow, ...]:

@@ -243,6 +243,8 @@ def _resources(report: Report) -> Iterator[str]:
     yield "Memory is anonymous plus shared memory of the processes, sampled; estimates were made before anything ran.\n"
     estimated = any(s.predicted_memory for s in made)
     header = ["stage", ">size", ">load cold", ">warm", ">memory to run", ">made in", ">memory to make"]
+    earned = any(s.break_even for s in made)
+    header += [">earned back after"] if earned else []
     header += [">estimated to run", ">estimated to make", "fits the target"] if estimated else []
     rows = []
     for s in made:
@@ -255,6 +257,7 @@ def _resources(report: Report) -> Iterator[str]:
             figures.seconds(s.cost.wall_s),
             figures.megabytes(s.cost.peak_memory_bytes),
         ]
+        row += [words_of.earned_back(s.break_even)] if earned else []
         if estimated:
             predicted = s.predicted_memory
             row += [
@@ -272,6 +275,7 @@ def _stages(report: Report) -> Iterator[str]:
         yield f"\n### {plain(stage.name)}\n"
         source = f", from {code(stage.parent)}" if stage.parent else ""
         exported = ", exported" if stage.name == report.export else ""
+        exported += ", made for the ablation alone" if words_of.is_extra(stage, report) else ""
         yield f"{code(stage.pass_)}{source}, {stage.status}{exported}\n"
         yield plain(words_of.sentence(stage, report))
         yield from _details(stage)

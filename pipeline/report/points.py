@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.report.schema import PairedSpeed, PointKey, Report, Speed, StageReport
+from pipeline.report.schema import NoiseFloor, PairedSpeed, PointKey, Report, Speed, StageReport
 
 KINDS = ("decode", "prefill", "forward")
 """In the order in which they are told: what a user of a language model waits for comes first."""
@@ -42,10 +42,11 @@ def timed_at(report: Report, point: Speed) -> Iterator[tuple[StageReport, Speed]
             yield stage, own
 
 
-def point_in_words(point: Speed | PairedSpeed) -> str:
+def point_in_words(point: Speed | PairedSpeed | NoiseFloor) -> str:
     """The work that was timed."""
     if point.kind == "decode":
-        return f"decode of {point.new_tokens} tokens after {point.prompt}, batch {point.batch}"
+        tokens = "" if point.new_tokens is None else f"of {point.new_tokens} tokens "
+        return f"decode {tokens}after {point.prompt}, batch {point.batch}"
     what = "prefill" if point.kind == "prefill" else "forward pass"
     return f"{what} of {point.prompt} tokens, batch {point.batch}"
 

@@ -41,7 +41,7 @@ from pipeline.report.verdicts import (
     schedule_in_words,
     why_undecided,
 )
-from pipeline.report.words import has_random_weights, headline, is_broken, sentence, short_flag
+from pipeline.report.words import earned_back, has_random_weights, headline, is_broken, is_extra, sentence, short_flag
 
 STYLES = {
     "faster": "green",
@@ -244,8 +244,10 @@ def _resources(report: Report, width: int) -> RenderableType | None:
     if all(stage.artifact is None for stage in report.stages):
         return None
     device = any(s.device_peak_memory_bytes is not None for s in report.stages)
-    names = ["size", "load cold", "warm", "memory", "made in", "with memory", "adds to store"]
-    columns = [Column(name) for name in ("stage", *names[:4], *(["on device"] if device else []), *names[4:])]
+    earned = any(s.break_even is not None for s in report.stages)
+    running = ["size", "load cold", "warm", "memory", *(["on device"] if device else [])]
+    making = ["made in", "with memory", "adds to store", *(["earned back after"] if earned else [])]
+    columns = [Column(name) for name in ("stage", *running, *making)]
     for stage in report.stages:
         if stage.artifact is None:
             continue
@@ -261,6 +263,7 @@ def _resources(report: Report, width: int) -> RenderableType | None:
             seconds(stage.cost.wall_s),
             megabytes(stage.cost.peak_memory_bytes),
             megabytes(stage.artifact.unique_bytes),
+            *([earned_back(stage.break_even)] if earned else []),
         )
     return _titled("what each model takes to run, and what it took to make", table(columns, width))
 
@@ -269,7 +272,8 @@ def _changes(report: Report, width: int) -> RenderableType:
     columns = [Column("stage"), Column("pass", "left"), Column("status", "left"), Column("what it changed", "words")]
     for stage in report.stages:
         names = (name_lines(stage.name, width // 4), name_lines(stage.pass_, width // 4))
-        _add(columns, *names, _styled(stage.status), escape(effect_in_words(stage)))
+        alone = "; made for the ablation alone" if is_extra(stage, report) else ""
+        _add(columns, *names, _styled(stage.status), escape(effect_in_words(stage)) + alone)
     return _titled("stages", table(columns, width))
 
 

@@ -105,16 +105,29 @@ def divergence_in_words(divergence: Divergence) -> str:
     return f"{start}, and {told(str(divergence.most))} adds most"
 
 
+def earned_back(found: BreakEven | None) -> str:
+    """The tokens after which a stage's cost is earned back, with their interval, for a table."""
+    if found is None:
+        return "–"
+    if found.tokens is None:
+        return "never"
+    return f"{found.tokens:,} tokens" + _tokens_interval(found)
+
+
 def break_even_in_words(found: BreakEven) -> str:
     """After how many tokens the time that making the model took is earned back."""
     tokens = "decoded tokens" if found.kind == "decode" else "tokens"
     cost = seconds(found.cost_s)
     if found.tokens is None:
         return f"the {cost} of making it are never earned back"
-    ends = [f"{end:,}" if end is not None else "never" for end in (found.low, found.high)]
-    interval = f"{ends[0]}–{ends[1]}" if "never" not in ends else f"{ends[0]} to {ends[1]}"
-    aside = f" ({interval})" if found.low is not None or found.high is not None else ""
-    return f"the {cost} of making it are earned back after {found.tokens:,} {tokens}{aside}"
+    return f"the {cost} of making it are earned back after {found.tokens:,} {tokens}{_tokens_interval(found)}"
+
+
+def _tokens_interval(found: BreakEven) -> str:
+    if found.low is None and found.high is None:
+        return ""
+    low, high = (f"{end:,}" if end is not None else "never" for end in (found.low, found.high))
+    return f" ({low} to {high})" if "never" in {low, high} else f" ({low}–{high})"
 
 
 def contradiction_in_words(stage: StageReport) -> str:
@@ -124,6 +137,11 @@ def contradiction_in_words(stage: StageReport) -> str:
 
 def is_broken(stage: StageReport) -> bool:
     return bool(stage.quality and stage.quality.vs_baseline and stage.quality.vs_baseline.verdict == "broken")
+
+
+def is_extra(stage: StageReport, report: Report) -> bool:
+    """Whether the stage was made for the ablation alone, and is no part of the recipe."""
+    return report.ablation is not None and stage.name in report.ablation.extra_stages
 
 
 def has_random_weights(report: Report) -> bool:
@@ -208,10 +226,9 @@ def _entered(report: Report, kind: str) -> list[tuple[Ratio, Speed, StageReport]
     """
     point = next((p for s in report.stages for p in s.speed or () if p.kind == kind), None)
     found = []
-    extra = report.ablation.extra_stages if report.ablation else ()
     for stage in report.stages if point else ():
         own = speed_at(stage, point) if point else None
-        if own is None or own.vs_baseline is None or is_broken(stage) or stage.name in extra:
+        if own is None or own.vs_baseline is None or is_broken(stage) or is_extra(stage, report):
             continue
         parent = _find(report, str(stage.parent))
         if is_idle(stage) and parent is not None and speed_at(parent, own) is not None:
@@ -298,8 +315,7 @@ def _smallest(report: Report) -> str:
     base = _find(report, report.baseline)
     if base is None or base.artifact is None:
         return ""
-    extra = report.ablation.extra_stages if report.ablation else ()
-    whole = [s for s in report.stages if s.artifact is not None and not is_broken(s) and s.name not in extra]
+    whole = [s for s in report.stages if s.artifact is not None and not is_broken(s) and not is_extra(s, report)]
     best = min(whole, key=lambda s: s.artifact.size_bytes if s.artifact else 0, default=base)
     if best.artifact is None or best.artifact.size_bytes >= base.artifact.size_bytes:
         return f"No model is smaller than {report.baseline}." if len(whole) > 1 else ""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.report.charts import Dot, Scatter, rate_axis, ratio_axis, scatter, whisker
+from pipeline.report.charts import CHARACTER, Dot, Mark, Scatter, rate_axis, ratio_axis, scatter, whisker
 from pipeline.report.figures import floor_share, megabytes, percent, times, times_interval
 from pipeline.report.schema import Interval, PlainRatio, Ratio
 
@@ -92,6 +92,25 @@ def test_labels_of_neighbours_do_not_lie_upon_each_other() -> None:
     chart = drawn([(100.0, 1.0), (101.0, 1.0), (102.0, 1.0), (500.0, 2.0)])
     heights = [(m.label_x, m.label_y, m.anchor) for m in chart.marks]
     assert len(set(heights)) == len(heights)
+
+
+def box(mark: Mark, font: int) -> tuple[float, float, float, float]:
+    """Where a label stands: left, top, right, bottom."""
+    width, height = len(mark.shown) * font * CHARACTER, font * 1.15
+    left = {"start": mark.label_x, "end": mark.label_x - width, "middle": mark.label_x - width / 2}[mark.anchor]
+    return left, mark.label_y - height / 2, left + width, mark.label_y + height / 2
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([100.0, 100.5, 180.0]), st.sampled_from([1.0, 1.05])), min_size=2, max_size=9)
+)
+def test_no_label_covers_another_however_crowded_the_points_are(places: list[tuple[float, float]]) -> None:
+    chart = drawn(places)
+    boxes = [box(m, chart.font) for m in chart.marks]
+    for i, a in enumerate(boxes):
+        for b in boxes[i + 1 :]:
+            assert min(a[2], b[2]) - max(a[0], b[0]) <= 0.2 or min(a[3], b[3]) - max(a[1], b[1]) <= 0.2
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from every_case import HOSTILE, LONG, rich_report
+from every_case import HOSTILE, LONG, forward_report, rich_report
 
 from pipeline.report.effects import effect_in_words
-from pipeline.report.schema import Effect, NoiseFloor, Ratio, Report, StageReport
-from pipeline.report.words import headline, sentence
+from pipeline.report.schema import BreakEven, Divergence, Effect, NoiseFloor, Ratio, Report, StageReport
+from pipeline.report.words import break_even_in_words, divergence_in_words, earned_back, headline, sentence
 
 RICH = rich_report()
 NAMES = [s.name for s in RICH.stages]
@@ -250,3 +250,123 @@ def test_an_effect_in_a_table_is_short(effect: dict | None, expected: str) -> No
 
 def test_names_however_long_are_told_whole() -> None:
     assert LONG in " ".join(headline(RICH.model_copy(update={"stages": (RICH.stage("source"), RICH.stage(LONG))})))
+
+
+FORWARD = forward_report()
+
+
+def test_a_pass_that_matched_nothing_is_said_to_have_changed_nothing_whatever_its_timing() -> None:
+    told = sentence(FORWARD.stage("fuse_transpose_into_gemm"), FORWARD)
+    assert told.startswith(
+        "fuse_transpose_into_gemm changed nothing: 0 of 155 nodes; its +1.2 % is inside the noise floor of 1.6 %;"
+    )
+
+
+def test_a_pass_that_matched_nothing_and_is_faster_is_a_contradiction_and_never_a_success() -> None:
+    told = sentence(FORWARD.stage("fuse_matmul_add_bias_into_gemm"), FORWARD)
+    assert "forward was timed faster than export_onnx all the same, 1.21 × (1.20–1.22) beyond the noise floor" in told
+    lines = headline(FORWARD)
+    assert not [line for line in lines if line.startswith("Fastest")]
+    assert (
+        "Contradiction: fuse_matmul_add_bias_into_gemm changed nothing, and yet was timed faster than export_onnx; "
+        "nothing in the model explains it."
+    ) in lines
+
+
+def test_of_what_changed_nothing_the_parent_wins() -> None:
+    lines = headline(RICH.model_copy(update={"stages": RICH.stages[:3]}))
+    assert any(line.startswith("Fastest decode (batch 1, prompt 128, new tokens 64): export_onnx") for line in lines)
+    assert not any("cleanup" in line for line in lines if line.startswith("Fastest"))
+
+
+def test_a_headline_names_three_and_counts_the_rest() -> None:
+    stage = RICH.stage(LONG)
+    many = tuple(stage.model_copy(update={"name": f"copy_{i}"}) for i in range(8))
+    lines = headline(RICH.model_copy(update={"stages": (RICH.stage("source"), *many), "ablation": None}))
+    assert (
+        "No faster decode (batch 1, prompt 128, new tokens 64): copy_0, copy_1, copy_2 and 5 more are inconclusive "
+        in (" ".join(lines))
+    )
+
+
+def test_what_was_made_for_the_ablation_alone_wins_nothing() -> None:
+    assert RICH.ablation is not None
+    extra = RICH.ablation.model_copy(update={"extra_stages": ("int4",)})
+    lines = headline(RICH.model_copy(update={"ablation": extra}))
+    assert not any("int4" in line for line in lines if line.startswith(("Fastest", "Smallest")))
+    assert any("int4" in line for line in headline(RICH) if line.startswith("Fastest decode"))
+
+
+def test_a_flag_is_told_in_the_headline_and_in_the_sentence() -> None:
+    flag = RICH.stage("int8_slow").roofline
+    assert flag is not None
+    assert f"Look at int8_slow: {flag.flag}." in headline(RICH)
+    assert f"; look at it: {flag.flag};" in sentence(RICH.stage("int8_slow"), RICH)
+
+
+@pytest.mark.parametrize(
+    ("ends", "kind", "expected", "short"),
+    [
+        (
+            (12400, 11800, 13100),
+            "decode",
+            "the 61.3 s of making it are earned back after 12,400 decoded tokens (11,800–13,100)",
+            "12,400 tokens (11,800–13,100)",
+        ),
+        (
+            (9000, 8100, None),
+            "forward",
+            "the 61.3 s of making it are earned back after 9,000 tokens (8,100 to never)",
+            "9,000 tokens (8,100 to never)",
+        ),
+        (
+            (9000, None, None),
+            "forward",
+            "the 61.3 s of making it are earned back after 9,000 tokens",
+            "9,000 tokens",
+        ),
+        ((None, None, None), "decode", "the 61.3 s of making it are never earned back", "never"),
+    ],
+)
+def test_break_even_is_told_with_its_interval(
+    ends: tuple[int | None, int | None, int | None], kind: str, expected: str, short: str
+) -> None:
+    tokens, low, high = ends
+    found = BreakEven.model_validate({"cost_s": 61.3, "tokens": tokens, "low": low, "high": high, "kind": kind})
+    assert break_even_in_words(found) == expected
+    assert earned_back(found) == short
+    assert earned_back(None) == "–"
+
+
+def diverging(first: str | None, most: str | None, errors: dict[str, float | None]) -> str:
+    layers = [{"layer": name, "relative_error": error} for name, error in errors.items()]
+    return divergence_in_words(
+        Divergence.model_validate({"reference": "fused", "tokens": 5, "layers": layers, "first": first, "most": most})
+    )
+
+
+def test_the_layer_where_quality_fell_is_named() -> None:
+    errors = {"layer 0": 0.021, "layer 1": 0.17}
+    assert diverging("layer 0", "layer 1", errors) == (
+        "its values leave fused's first at layer 0 (relative error 0.021), and layer 1 (relative error 0.17) adds most"
+    )
+    assert diverging("layer 1", "layer 1", {"layer 1": None}) == (
+        "its values leave fused's first at layer 1 (not finite), which adds most, too"
+    )
+    assert diverging(None, None, errors) == ""
+
+
+def test_the_reason_of_a_verdict_is_told() -> None:
+    assert "degraded (perplexity 1.072 times the baseline's: beyond 1.01)" in sentence(RICH.stage("int4"), RICH)
+
+
+def test_an_undecided_speed_says_what_would_decide_it() -> None:
+    told = sentence(FORWARD.stage("source"), FORWARD)
+    assert "rounds would decide" not in told
+    alone = RICH.stage(LONG)
+    assert alone.speed is not None
+    one = alone.model_copy(update={"speed": alone.speed[1:2], "parent": "source"})
+    assert (
+        "inconclusive against source, 1.007 × (0.916–1.098): reaches into the noise floor of 1.6 %, about 190 rounds "
+        in (sentence(one, RICH))
+    )
