@@ -133,7 +133,7 @@ def _facts(diff: Diff) -> Iterator[Fact]:
     for what in ("interface", "execution", "configuration"):
         found: Mapping[str, tuple[Any, Any]] = getattr(diff, what)
         for path, count in Counter(_unnumbered(path) for path in found).items():
-            first = next(p for p in found if _unnumbered(p) == path)
+            first = min((p for p in found if _unnumbered(p) == path), key=lambda p: (len(p), p))  # 2 before 10
             old, new = found[first]
             alike = f" and {count - 1} alike" if count > 1 else ""
             yield Fact(f"{what}.{first}{alike}", f"{_json(old)} -> {_json(new)}")

@@ -301,3 +301,69 @@ def test_a_graph_that_the_library_refuses_is_an_error_for_the_user(bench, graph_
     before = graph_artifact(f"{HEADER} g (float[n] x) => (float[n] y) {{ y = Relu(x) }}")
     with pytest.raises(PipelineError, match=r"onnxoptimizer cannot take this graph: Unknown tensor data type$"):
         bench.run(OnnxOptimizer, before)
+
+
+class TestCounts:
+    """What the pass tells of each rule: nodes changed, of the nodes there were."""
+
+    def counts(self, bench, artifact, **params):
+        context = PassContext(output=OutputWriter(bench.new_folder("counts")))
+        OnnxOptimizer().run(artifact, OnnxOptimizer.Params(**params), context)
+        return context.rules
+
+    @pytest.mark.parametrize(
+        ("rule", "done", "of"),
+        [
+            ("eliminate_identity", 2, 3),
+            ("fuse_transpose_into_gemm", 2, 2),
+            ("fuse_matmul_add_bias_into_gemm", 1, 2),  # the Add; the MatMul that is left is another rule's
+            ("eliminate_nop_cast", 1, 2),
+            ("eliminate_common_subexpression", 1, 3),
+        ],
+    )
+    def test_are_of_the_nodes_that_a_rule_changed(self, bench, graph_artifact, rule, done, of):
+        text, _, _ = RULES[rule]
+        weights = {"w": LARGE} if re.search(r"\bw\b", text) else {}
+        weights |= {"b": LARGE[0]} if re.search(r"\(m, b\)", text) else {}
+        made = graph_artifact(f"{HEADER} g {text}", **weights)
+        assert self.counts(bench, made, passes=[rule])[rule] == (done, of)
+
+    def test_are_zero_where_a_rule_matches_no_node(self, bench, graph_artifact):
+        made = graph_artifact(f"{HEADER} g (float[n, 256] x) => (float[n, 256] y) {{ a = Relu(x)  y = Neg(a) }}")
+        rules = ["fuse_transpose_into_gemm", "fuse_matmul_add_bias_into_gemm", "eliminate_identity"]
+        assert self.counts(bench, made, passes=rules) == dict.fromkeys(rules, (0, 2))
+
+    def test_of_nodes_that_a_rule_left_dead_are_the_clean_ups(self, bench, graph_artifact):
+        text, _, _ = RULES["fuse_matmul_add_bias_into_gemm"]
+        made = graph_artifact(f"{HEADER} g {text}", w=LARGE, b=LARGE[0])
+        found = self.counts(bench, made, passes=["fuse_matmul_add_bias_into_gemm"])
+        assert found == {"fuse_matmul_add_bias_into_gemm": (1, 2), "eliminate_deadend": (1, 2)}
+
+    def test_add_up_over_rounds(self, bench, graph_artifact):
+        """The Transposes of the second pair meet only when the first is gone."""
+        text = (
+            "(float[n, 256] x) => (float[n, 256] y) { a = Transpose<perm = [1, 0]>(x)  b = Transpose<perm = [1, 0]>(a) "
+            "c = Identity(b)  d = Identity(c)  y = Relu(d) }"
+        )
+        made = graph_artifact(f"{HEADER} g {text}")
+        once = self.counts(bench, made, passes=["eliminate_nop_transpose", "fuse_consecutive_transposes"])
+        again = self.counts(
+            bench, made, passes=["eliminate_nop_transpose", "fuse_consecutive_transposes"], fixed_point=True
+        )
+        assert once["eliminate_nop_transpose"] == (0, 5)
+        assert again["eliminate_nop_transpose"] == (1, 5)
+
+    def test_do_not_depend_on_the_names_of_nodes(self, bench, graph_artifact):
+        made = graph_artifact(f"{HEADER} g (float[n, 256] x) => (float[n, 256] y) {{ a = Relu(x)  y = Neg(a) }}")
+        found = self.counts(bench, made, passes=["set_unique_name_for_nodes"])
+        assert found == {"set_unique_name_for_nodes": (0, 2)}
+
+
+def test_a_node_that_takes_another_value_counts_where_none_is_gone():
+    def graph(body):
+        return onnx.parser.parse_graph(f"g (float[2] x) => (float[2] y) {{ {body} }}")
+
+    before = graph("a = Relu(x)  b = Abs(x)  y = Add(a, b)")
+    assert module.changed_nodes(before, graph("a = Relu(x)  b = Abs(x)  y = Add(a, a)")) == 1
+    assert module.changed_nodes(before, graph("b = Abs(x)  a = Relu(x)  y = Add(a, b)")) == 0
+    assert module.changed_nodes(before, graph("a = Relu(x)  y = Add(a, a)")) == 1  # the Abs, and not its reader
