@@ -491,3 +491,79 @@ def test_a_bias_and_sums_inside_a_block_are_no_joints() -> None:
     assert [joint.stream for joint in find_joints(graph_of(PLAIN), interface)] == ["x", "s0"]
     interface = TWO_LAYERS.model_copy(update={"inputs": {"tokens": "tokens"}})
     assert [joint.stream for joint in find_joints(graph_of(PARALLEL), interface)] == ["x", "s0"]
+
+
+# Feeding graphs
+
+SEPARATE = """
+  s{i} = Add(x{i}, a{i})
+  n{i} = SimplifiedLayerNormalization<axis=-1, epsilon=0.00001>(s{i}, g)
+  m{i} = MatMul(n{i}, wm{i})
+  x{j} = Add(s{i}, m{i})
+  n{j}a = SimplifiedLayerNormalization<axis=-1, epsilon=0.00001>(x{j}, g)
+"""
+
+JOINED = """
+  n{i}, u{i}, v{i}, s{i} = com.microsoft.SkipSimplifiedLayerNormalization<epsilon=0.00001>(x{i}, a{i}, g)
+  m{i} = MatMul(n{i}, wm{i})
+  n{j}a, u{j}a, v{j}a, x{j} = com.microsoft.SkipSimplifiedLayerNormalization<epsilon=0.00001>(s{i}, m{i}, g)
+"""
+
+CENTRED = JOINED.replace("Simplified", "").replace(", g)", ", g, b)")
+
+
+def two_layers(workshop: Workshop, block: str, *, broken: str = "", simplified: bool = True) -> Artifact:
+    """A model of two layers, its sums and norms written as `block`; the weight `broken` has its rows turned round."""
+    import onnx
+    import onnx_ir
+
+    from pipeline import Interface, Manifest
+
+    draw = np.random.default_rng(0)
+    shapes = {"table": (64, 8), "g": (8,), "b": (8,), "head": (8, 64)}
+    shapes |= {f"{kind}{i}": (8, 8) for kind in ("wa", "wm") for i in range(2)}
+    weights = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    if broken:
+        weights[broken] = weights[broken][::-1].copy()
+    first = "SimplifiedLayerNormalization" if simplified else "LayerNormalization"
+    beta = "" if simplified else ", b"
+    layers_text = "".join(f"a{i} = MatMul(n{i}a, wa{i})" + block.format(i=i, j=i + 1) for i in range(2))
+    text = f"""<ir_version: 10, opset_import: ["": 18, "com.microsoft": 1]>
+    two (int64[B,S] tokens) => (float[B,S,64] logits) {{
+      x0 = Gather(table, tokens)
+      n0a = {first}<axis=-1, epsilon=0.00001>(x0, g{beta})
+      {layers_text}
+      logits = MatMul(n2a, head)
+    }}"""
+    model = onnx.parser.parse_model(text)
+    given = {name for node in model.graph.node for name in node.input}
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items() if name in given]
+    model.graph.initializer.extend(tensors)
+    interface = Interface(
+        inputs={"tokens": "tokens"}, outputs={"logits": "logits"}, vocab_size=64, max_length=tiny_models.MAX_LENGTH
+    )
+
+    def make(output: OutputWriter) -> Artifact:
+        files = {"config.json": output.file("config.json", b'{"num_hidden_layers": 2}')}
+        like = Artifact(Manifest(format="onnx", components={}, files=files, interface=interface), workshop.store.blobs)
+        return save_onnx(onnx_ir.from_proto(model), output, like=like)
+
+    return workshop.publish(make)
+
+
+def test_a_fused_graph_is_matched_with_the_plain_one_and_fed_alike(workshop: Workshop) -> None:
+    found = compare(two_layers(workshop, JOINED), two_layers(workshop, SEPARATE))
+    assert found.reasons == {}
+    assert found.stages["stage"].matched == (2, 2)
+    assert all(error is not None and error < 1e-5 for error in (*errors(found).values(), *added(found).values()))
+
+
+@pytest.mark.parametrize(("block", "simplified"), [(JOINED, True), (CENTRED, False)])
+@pytest.mark.parametrize(("weight", "layer"), [("wa0", "layer 0"), ("wm0", "layer 0"), ("wa1", "layer 1")])
+def test_a_fused_norm_is_fed_and_not_only_the_sum(
+    block: str, simplified: bool, weight: str, layer: str, workshop: Workshop
+) -> None:
+    sound, wrong = (two_layers(workshop, block, broken=name, simplified=simplified) for name in ("", weight))
+    found = compare(wrong, sound)
+    assert (found.stages["stage"].first, found.stages["stage"].most) == (layer, layer)
+    assert [name for name, error in added(found).items() if error is None or error > 1e-5] == [layer]
