@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 FLAT = 0.03
 """A warm-up is over when the medians of its last two thirds differ by no more than this share."""
 
+LONG_S = 1.0
+"""Prompts and passes that take so long are timed from a block's first on. Filling the processor's caches anew, after
+another stage had them, takes a millisecond: no part of such a pass that could be told from noise."""
+
 LEAST_ITERATIONS = 6
 LEAST_WARM_UP_S = 0.2
 """Iterations and seconds before flatness is judged."""
@@ -41,29 +45,30 @@ def run_block(
     *,
     min_s: float,
     steps: int,
+    expected_s: float = 0.0,
     clock: Clock = time.perf_counter_ns,
 ) -> list[float]:
     """Seconds of each iteration of one block that takes at least `min_s` of timed work.
 
     `tokens` are [B, prompt + new_tokens]. An iteration of prefill or forward is one whole prompt or pass, after one
-    that is not timed, as another stage used the caches meanwhile. An iteration of decode is one token; after each
+    that is not timed, as another stage used the caches meanwhile; where `expected_s`, what the warm-up saw, is LONG_S
+    or more, the first counts. An iteration of decode is one token; after each
     prompt, which is not timed, exactly `steps` tokens follow, so that every stage decodes at the same positions. A
     block in which the runner compiled something counts for nothing and is done again.
     """
     while True:
         before = _compilations(runner)
         with _no_garbage_collection():
-            seconds = _block(runner, point, tokens, min_s=min_s, steps=steps, clock=clock)
+            iterations = _iterations(runner, point, tokens, steps, clock, untimed_first=expected_s < LONG_S)
+            seconds = _block(iterations, point, min_s=min_s, steps=steps)
         if _compilations(runner) == before:
             return seconds
 
 
-def _block(
-    runner: CausalLMRunner, point: Point, tokens: np.ndarray, *, min_s: float, steps: int, clock: Clock
-) -> list[float]:
+def _block(iterations: Iterator[float], point: Point, *, min_s: float, steps: int) -> list[float]:
     seconds: list[float] = []
     total = 0.0
-    for took in _iterations(runner, point, tokens, steps, clock):
+    for took in iterations:
         seconds.append(took)
         total += took
         complete = point.kind != "decode" or len(seconds) % steps == 0
@@ -117,11 +122,20 @@ def _compilations(runner: CausalLMRunner) -> int:
     return int(getattr(runner, "compilations", 0))
 
 
-def _iterations(runner: CausalLMRunner, point: Point, tokens: np.ndarray, steps: int, clock: Clock) -> Iterator[float]:
+def _iterations(
+    runner: CausalLMRunner,
+    point: Point,
+    tokens: np.ndarray,
+    steps: int,
+    clock: Clock,
+    *,
+    untimed_first: bool = True,
+) -> Iterator[float]:
     """Seconds of one timed iteration after another, for ever. Runners return when the device is done."""
     prompt = tokens[:, : point.prompt]
     whole = _whole_passes(runner) if point.kind == "forward" else runner.prefill
-    whole(prompt)
+    if untimed_first or point.kind == "decode":
+        whole(prompt)
     while point.kind != "decode":
         begin = clock()
         whole(prompt)

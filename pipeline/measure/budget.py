@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
+from pipeline.measure.block import LONG_S
 from pipeline.measure.looks import LEAST_ROUNDS
 from pipeline.measure.workload import Point
 
@@ -45,5 +46,5 @@ def round_seconds(estimates: Estimates[_Process], steps: Mapping[Point, int]) ->
             total += cycles * (cycle_s + prompts.get((process, point.batch, point.prompt), 0.0))
         else:
             iterations = -(-BLOCK_S // max(iteration_s, 1e-6))
-            total += iteration_s * (1 + iterations)  # the first is not timed
+            total += iteration_s * ((iteration_s < LONG_S) + iterations)  # the first is not timed, unless it is long
     return max(total, 1e-6)

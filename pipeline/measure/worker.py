@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -48,6 +49,7 @@ class Session:
 
     def __init__(self) -> None:
         self._runner: CausalLMRunner | None = None
+        self._expected_s: dict[Point, float] = {}  # what an iteration takes, by the warm-up
 
     @property
     def runner(self) -> CausalLMRunner:
@@ -121,13 +123,15 @@ class Session:
         work = Point.model_validate(point)
         tokens = fixed_tokens(work, vocab_size=vocab_size, seed=seed)
         seconds, flat = warm_up(self.runner, work, tokens, cap_s=cap_s, steps=steps)
+        self._expected_s[work] = statistics.median(seconds)
         peak = getattr(self.runner, "device_peak_memory_bytes", None)
         return {"seconds": seconds, "flat": flat, "device_peak_memory_bytes": peak}
 
     def _block(self, point: dict[str, Any], vocab_size: int, seed: int, steps: int, min_s: float) -> dict[str, Any]:
         work = Point.model_validate(point)
         tokens = fixed_tokens(work, vocab_size=vocab_size, seed=seed)
-        return {"seconds": run_block(self.runner, work, tokens, min_s=min_s, steps=steps)}
+        expected_s = self._expected_s.get(work, 0.0)
+        return {"seconds": run_block(self.runner, work, tokens, min_s=min_s, steps=steps, expected_s=expected_s)}
 
     def _score(self, work: dict[str, Any]) -> dict[str, Any]:
         from pipeline.measure.scoring import ScoreWork, score_windows

@@ -89,6 +89,20 @@ def test_a_forward_block_times_whole_passes_and_asks_for_nothing_else() -> None:
     assert runner.calls == ["forward"] * 3
 
 
+@pytest.mark.parametrize(("expected_s", "untimed"), [(0.9, 1), (1.0, 0)])
+def test_long_passes_are_timed_from_the_first_on(expected_s: float, untimed: int) -> None:
+    runner = FakeRunner()
+    how = {"min_s": 8.0, "expected_s": expected_s}
+    assert run_block(runner, FORWARD, tokens_of(FORWARD), steps=0, clock=runner.clock, **how) == [4.0, 4.0]  # type: ignore[arg-type]
+    assert len(runner.calls) == 2 + untimed
+
+
+def test_however_long_a_prompt_is_it_comes_before_the_tokens_that_are_decoded() -> None:
+    runner = FakeRunner()
+    run_block(runner, DECODE, tokens_of(DECODE), min_s=1, steps=3, expected_s=5.0, clock=runner.clock)
+    assert runner.calls == ["prefill", "decode", "decode", "decode"]
+
+
 def test_a_warm_up_of_whole_passes_ends_when_they_are_flat() -> None:
     runner = FakeRunner()
     assert warm_up(runner, FORWARD, tokens_of(FORWARD), cap_s=60, steps=0, clock=runner.clock).flat

@@ -33,7 +33,12 @@ def test_a_point_at_which_nothing_was_seen_is_left_out() -> None:
 
 @pytest.mark.parametrize("point", [PREFILL, FORWARD])
 def test_a_slow_prompt_runs_twice_once_untimed(point: Point) -> None:
-    assert round_seconds({("a", point): 3.0}, {point: 0}) == pytest.approx(6.0)
+    assert round_seconds({("a", point): 0.9}, {point: 0}) == pytest.approx(1.8)
+
+
+@pytest.mark.parametrize("point", [PREFILL, FORWARD])
+def test_a_very_slow_prompt_is_timed_at_once(point: Point) -> None:
+    assert round_seconds({("a", point): 3.0}, {point: 0}) == pytest.approx(3.0)
 
 
 def test_fast_prompts_fill_a_block() -> None:
@@ -48,5 +53,5 @@ def test_every_prompt_before_decoded_tokens_counts() -> None:
 
 
 def test_processes_add_up() -> None:
-    one, two = {("a", FORWARD): 3.0}, {("a", FORWARD): 3.0, ("b", FORWARD): 1.0}
-    assert round_seconds(two, {FORWARD: 0}) == pytest.approx(round_seconds(one, {FORWARD: 0}) + 2.0)
+    one, two = {("a", FORWARD): 3.0}, {("a", FORWARD): 3.0, ("b", FORWARD): 0.5}
+    assert round_seconds(two, {FORWARD: 0}) == pytest.approx(round_seconds(one, {FORWARD: 0}) + 1.0)
