@@ -70,7 +70,10 @@ def number(value: float | None, spec: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    return ABSENT if share is None else f"{share:.1%}".replace("%", " %")
+    if share is None:
+        return ABSENT
+    digits = 1 if abs(share) < 10 else 0
+    return f"{100 * share:,.{digits}f} %"
 
 
 def rate(value: float) -> str:
@@ -141,6 +144,8 @@ def _ends(figure: Bounded, digits: int, limits: Sequence[float] = ()) -> str:
 
 def _end(value: float, least: int, limits: Sequence[float]) -> str:
     """One end with at least so many digits, and as many as keep it on its own side of every limit."""
+    if limits and abs(value - 1) < 10.0**-MOST_DIGITS:  # 1 for whoever reads it
+        return f"{1:.{least}f}"
     digits = next((d for d in range(least, MOST_DIGITS) if _keeps_side(value, d, limits)), max(least, MOST_DIGITS))
     return f"{value:,.{digits}f}"
 

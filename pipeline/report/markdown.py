@@ -19,7 +19,6 @@ from pipeline.report.verdicts import (
     counts_in_words,
     is_contradicted,
     margin_of,
-    noise_floor,
     outliers_in_words,
     schedule_in_words,
     why_undecided,
@@ -175,7 +174,7 @@ def _speed_verdict(stage: StageReport, point: Speed, report: Report) -> str:
         words = ["baseline" if stage.name == report.baseline else "–"]
     else:
         words = [_verdict(point.vs_baseline.verdict)]
-        words += filter(None, [plain(why_undecided(point.vs_baseline, noise_floor(point, report)))])
+        words += filter(None, [plain(why_undecided(point.vs_baseline, point, report))])
     if is_contradicted(stage, point, report):
         words.append("**contradiction**: it changed nothing")
     if words_of.is_broken(stage):
@@ -208,7 +207,7 @@ def _quality(report: Report) -> Iterator[str]:
         )
         verdict = "baseline" if stage.name == report.baseline else "–"
         if paired:
-            verdict = _verdict(paired.verdict) + (f": {plain(paired.reason)}" if paired.reason else "")
+            verdict = _verdict(paired.verdict) + (f": {plain(why)}" if (why := words_of.reason_to_tell(paired)) else "")
         rows.append(
             (
                 plain(stage.name),

@@ -22,7 +22,6 @@ from pipeline.report.verdicts import (
     counts_in_words,
     is_contradicted,
     margin_of,
-    noise_floor,
     outliers_in_words,
     why_undecided,
 )
@@ -101,7 +100,7 @@ def _speed_tile(stage: StageReport, point: Speed, ratio: Ratio, report: Report) 
     figure = figures.times(ratio.ratio)
     interval = f"95 %: {figures.times_interval(ratio.ratio, ratio, margin_of(report))}"
     if shown in {"inconclusive", "broken", "contradiction"}:
-        note = why_undecided(ratio, noise_floor(point, report))
+        note = why_undecided(ratio, point, report)
         return Tile(f"{point.kind} speed", shown, f"{figure}, {interval}", shown, doubtful=True, note=note)
     return Tile(f"{point.kind} speed", figure, interval, shown, note=words.short_flag(stage))
 
@@ -114,7 +113,7 @@ def _quality_tile(quality: QualityFacts, paired: QualityRatio, report: Report) -
     else:
         what, figure = "perplexity", figures.finer_times(ratio.ratio)
         below = f"95 %: {figures.finer_interval(ratio.ratio, ratio)}"
-    note = paired.reason or ""
+    note = words.reason_to_tell(paired)
     if paired.verdict == "broken":
         return Tile(what, "broken", f"{figure}, {below}", "broken", doubtful=True, note=note)
     return Tile(what, figure, below, paired.verdict, note=note)
@@ -154,7 +153,7 @@ def speed_charts(report: Report) -> Iterator[SpeedChart]:
 
 def _speed_row(stage: StageReport, point: Speed, ratio_axis: Axis, rate_axis: Axis, report: Report) -> SpeedRow:
     ratio, time = point.vs_baseline, point.latency_s
-    notes = [why_undecided(ratio, noise_floor(point, report)) if ratio else ""]
+    notes = [why_undecided(ratio, point, report) if ratio else ""]
     if is_contradicted(stage, point, report):
         notes.append("it changed nothing")
     elif words.is_broken(stage) and ratio:

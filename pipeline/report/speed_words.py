@@ -83,7 +83,7 @@ def _compared(kind: str, ratios: Sequence[tuple[Speed, Ratio | None]], other: st
     if len(known) == 1:
         point, ratio = known[0]
         figures = f"{times(ratio.ratio)} ({times_interval(ratio.ratio, ratio, margin)})"
-        why = why_undecided(ratio, noise_floor(point, report))
+        why = why_undecided(ratio, point, report)
         said = f"{subject}{'is ' if kind else ''}{_verdict_in_words(ratio.verdict, other)}, {figures}"
         return said + (f": {why}" if why else "")
     only = [r for _, r in known]
@@ -137,7 +137,7 @@ def _idle(kind: str, points: Sequence[Speed], stage: StageReport, report: Report
         elif lies_inside(floor, ratio.ratio):
             said.append(f"{shift} is inside the noise floor of {percent(floor)}")
         else:
-            why = why_undecided(ratio, floor)
+            why = why_undecided(ratio, point, report)
             said.append(f"{shift} ({interval}) is {ratio.verdict}" + (f": {why}" if why else ""))
     return "; ".join(said)
 

@@ -18,7 +18,7 @@ from pipeline.report.figures import (
 )
 from pipeline.report.points import point_in_words
 from pipeline.report.schema import Contribution, PairedSpeed, Report, Roofline, StageReport
-from pipeline.report.verdicts import margin_of, noise_floor, why_undecided
+from pipeline.report.verdicts import margin_of, why_undecided
 
 
 class Table(NamedTuple):
@@ -38,13 +38,13 @@ class Column(NamedTuple):
 
 ROOFLINE = (
     Column(">bytes a token", lambda _, r: megabytes(r.bytes_per_token)),
-    Column(">operations a token", lambda _, r: thousands(r.flops_per_token)),
-    Column(">of a prompt's", lambda _, r: thousands(r.prefill_flops_per_token)),
+    Column(">operations a decoded token", lambda _, r: thousands(r.flops_per_token)),
+    Column(">operations a prompt's token", lambda _, r: thousands(r.prefill_flops_per_token)),
     Column(">MBU", lambda _, r: percent(r.mbu)),
     Column(">MFU", lambda _, r: _with_type(r)),
     Column(">target: decode at most", lambda _, r: _limit(r.target.decode_tokens_per_s_limit if r.target else None)),
-    Column(">prefill at most", lambda _, r: _limit(r.target.prefill_tokens_per_s_limit if r.target else None)),
-    Column("bound by", lambda _, r: (r.target.bound_by if r.target else None) or ABSENT),
+    Column(">target: prefill at most", lambda _, r: _limit(r.target.prefill_tokens_per_s_limit if r.target else None)),
+    Column("target bound by", lambda _, r: (r.target.bound_by if r.target else None) or ABSENT),
 )
 
 
@@ -85,7 +85,7 @@ def ablation_table(report: Report) -> Table | None:
 
 
 def _paired(found: PairedSpeed, report: Report) -> tuple[str, str, str, str]:
-    ratio, why = found.ratio, why_undecided(found.ratio, noise_floor(found, report))
+    ratio, why = found.ratio, why_undecided(found.ratio, found, report)
     interval = times_interval(ratio.ratio, ratio, margin_of(report))
     return point_in_words(found), times(ratio.ratio), interval, ratio.verdict + (f", {why}" if why else "")
 

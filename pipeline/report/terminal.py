@@ -36,12 +36,20 @@ from pipeline.report.verdicts import (
     counts_in_words,
     is_contradicted,
     margin_of,
-    noise_floor,
     outliers_in_words,
     schedule_in_words,
     why_undecided,
 )
-from pipeline.report.words import earned_back, has_random_weights, headline, is_broken, is_extra, sentence, short_flag
+from pipeline.report.words import (
+    earned_back,
+    has_random_weights,
+    headline,
+    is_broken,
+    is_extra,
+    reason_to_tell,
+    sentence,
+    short_flag,
+)
 
 STYLES = {
     "faster": "green",
@@ -174,7 +182,7 @@ def _verdict(stage: StageReport, point: Speed, report: Report) -> str:
     if point.vs_baseline is None:
         return "baseline" if stage.name == report.baseline else "–"
     words = [_styled(point.vs_baseline.verdict)]
-    if why := why_undecided(point.vs_baseline, noise_floor(point, report)):
+    if why := why_undecided(point.vs_baseline, point, report):
         words.append(escape(why))
     if is_contradicted(stage, point, report):
         words.append("[yellow]contradiction: it changed nothing[/]")
@@ -204,7 +212,7 @@ def _quality(report: Report, width: int) -> RenderableType | None:
         )
         verdict = "baseline" if stage.name == report.baseline else "–"
         if paired:
-            verdict = _styled(paired.verdict) + (f": {escape(paired.reason)}" if paired.reason else "")
+            verdict = _styled(paired.verdict) + (f": {escape(why)}" if (why := reason_to_tell(paired)) else "")
         _add(
             columns,
             name_lines(stage.name, width // 4),

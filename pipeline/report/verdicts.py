@@ -49,20 +49,26 @@ def is_contradicted(stage: StageReport, point: Speed, report: Report) -> bool:
     return is_idle(stage) and ratio is not None and ratio.verdict in {"faster", "slower"}
 
 
-def why_undecided(ratio: Ratio, floor: float | None) -> str:
+def why_undecided(ratio: Ratio, point: Speed | PairedSpeed, report: Report) -> str:
     """What keeps an inconclusive ratio from a verdict; empty where nothing more is known than its interval."""
     if ratio.verdict != "inconclusive":
         return ""
-    told = []
+    told, floor = [], noise_floor(point, report)
     if floor is None:
         told.append("the noise floor is not known")
     elif lies_inside(floor, ratio.low, ratio.high):
         told.append(f"inside the noise floor of {percent(floor)}")
-    elif ratio.inside_floor:
+    elif floor > margin_of(report) and _reaches(ratio, floor):  # a lower floor forbids no claim that the margin allows
         told.append(f"reaches into the noise floor of {percent(floor)}")
     if ratio.rounds_to_decide is not None:
         told.append(f"about {ratio.rounds_to_decide:,} rounds would decide")
     return ", ".join(told)
+
+
+def _reaches(ratio: Ratio, floor: float) -> bool:
+    if ratio.inside_floor or ratio.low <= 1 <= ratio.high:
+        return True
+    return lies_inside(floor, ratio.low) or lies_inside(floor, ratio.high)
 
 
 def lies_inside(floor: float, *ratios: float) -> bool:

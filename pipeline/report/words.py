@@ -79,7 +79,7 @@ def quality_clause(stage: StageReport, report: Report) -> str:
         return f"perplexity {number(quality.perplexity, '.3f')}"
     if paired.verdict == "identical":
         return f"its predictions are identical to {report.baseline}'s"
-    why = f" ({paired.reason})" if paired.reason and paired.verdict != "equivalent" else ""
+    why = f" ({reason})" if (reason := reason_to_tell(paired)) else ""
     if random:
         return f"{_agreement(paired, report)}, {paired.verdict}{why}"
     ratio = paired.perplexity_ratio
@@ -137,6 +137,11 @@ def contradiction_in_words(stage: StageReport) -> str:
 
 def is_broken(stage: StageReport) -> bool:
     return bool(stage.quality and stage.quality.vs_baseline and stage.quality.vs_baseline.verdict == "broken")
+
+
+def reason_to_tell(paired: QualityRatio) -> str:
+    """The figure and the threshold that decided a bad verdict; a good one needs no reason where room is short."""
+    return paired.reason or "" if paired.verdict in {"degraded", "broken"} else ""
 
 
 def is_extra(stage: StageReport, report: Report) -> bool:

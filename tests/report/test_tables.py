@@ -16,7 +16,7 @@ def test_the_roofline_has_a_row_for_every_stage_that_was_counted() -> None:
     assert [row[0] for row in found.rows] == [s.name for s in RICH.stages if s.roofline]
     cells = dict(zip(found.header, next(r for r in found.rows if r[0] == "int4"), strict=True))
     assert cells[">bytes a token"] == "748.0 MB"
-    assert cells[">operations a token"] == "2.21 G"
+    assert cells[">operations a decoded token"] == "2.21 G"
     assert cells[">MBU"] == "57.0 %"
     assert cells[">MFU"] == "28.5 % of float32"
     assert cells[">target: decode at most"] == "91.3 tok/s"

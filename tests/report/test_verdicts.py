@@ -28,7 +28,10 @@ def ratio(low: float, high: float, **more: object) -> Ratio:
     ("found", "floor", "expected"),
     [
         (ratio(0.99, 1.01), 0.016, "inside the noise floor of 1.6 %"),
-        (ratio(1.0, 1.03, inside_floor=True), 0.016, "reaches into the noise floor of 1.6 %"),
+        (ratio(1.013, 1.03, inside_floor=True), 0.016, "reaches into the noise floor of 1.6 %"),
+        (ratio(1.21, 1.59), 0.46, "reaches into the noise floor of 46.0 %"),
+        (ratio(0.8, 1.59), 0.016, "reaches into the noise floor of 1.6 %"),
+        (ratio(1.005, 1.03, inside_floor=True), 0.006, ""),  # it is the margin that it reaches into
         (ratio(1.02, 1.03), 0.016, ""),
         (ratio(1.02, 1.03, rounds_to_decide=190), 0.016, "about 190 rounds would decide"),
         (
@@ -41,7 +44,14 @@ def ratio(low: float, high: float, **more: object) -> Ratio:
     ],
 )
 def test_an_undecided_ratio_says_why(found: Ratio, floor: float | None, expected: str) -> None:
-    assert why_undecided(found, floor) == expected
+    report = forward_report()
+    floors = tuple(
+        f.model_copy(update={"ratio_low": 1.0, "ratio_high": 1 + floor})
+        for f in report.noise_floor
+        if floor is not None
+    )
+    report = report.model_copy(update={"noise_floor": floors})
+    assert why_undecided(found, points_of(report)[0], report) == expected
 
 
 @pytest.mark.parametrize(
