@@ -98,7 +98,7 @@ class GraphHash:
             return hash_of("initializer without a value")
         kind = ("initializer", tensor.dtype.name, [str(size) for size in tensor.shape])
         if not isinstance(tensor, StoredTensor):
-            return hash_of(*kind, hashlib.sha256(tensor.tobytes()).digest())
+            return hash_of(*kind, _digest(value, tensor))
         place = (tensor.entry.digest, tensor.ref.offset, tensor.ref.length) if tensor.entry else None
         if place in self._known:
             return hash_of(*kind, place)
@@ -118,6 +118,15 @@ class GraphHash:
             tensor = attribute.as_tensor()
             return tensor.dtype.name, [str(size) for size in tensor.shape], tensor.tobytes()
         return kind.name, repr(attribute.value)
+
+
+def _digest(value: ir.Value, tensor: ir.TensorProtocol) -> bytes:
+    """SHA-256 of a tensor that the graph itself holds; remembered with the value, for it may be a large weight."""
+    known = value.meta.get("digest")
+    if known is None or known[0] is not tensor:
+        known = value.meta["digest"] = (tensor, hashlib.sha256(tensor.tobytes()).digest())
+    digest: bytes = known[1]
+    return digest
 
 
 def is_default(node: ir.Node, attribute: ir.Attr, opsets: Mapping[str, int]) -> bool:
