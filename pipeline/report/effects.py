@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from pipeline.report.schema import Effect, Report, StageReport
 from pipeline.report.verdicts import is_idle
 
+FEW_RULES = 3
+"""So many rules are all told; of more those alone that did something, and the rest counted."""
+
+MOST_RULES = 5
+"""Rules that a sentence names."""
+
 
 def change(stage: StageReport, report: Report) -> str:
     """What the stage changed, to be said of its name: `changed nothing: 0 of 155 nodes`."""
@@ -32,10 +38,23 @@ def change(stage: StageReport, report: Report) -> str:
         words = (f"changed {changed[0]:,} of {changed[1]:,} tensors" if changed else "changed weights") + aside
     else:
         words = "changed the graph" + aside
-    rules = [f"{rule} {done:,} of {of:,}" for rule, (done, of) in effect.rules.items()]
-    return (
-        words + (f", {inserted}" if (inserted := _casts(effect)) else "") + (": " + ", ".join(rules) if rules else "")
-    )
+    inserted = f", {casts}" if (casts := _casts(effect)) else ""
+    rules = _rules(effect)
+    return words + inserted + (f": {rules}" if rules else "")
+
+
+def _rules(effect: Effect) -> str:
+    """What each rule did; of many rules those that did something, most first, and how many others there are."""
+    done = {rule: counts for rule, counts in effect.rules.items() if counts[0] or len(effect.rules) <= FEW_RULES}
+    order = list(done.items())
+    if len(effect.rules) > FEW_RULES:
+        order.sort(key=lambda item: -item[1][0])
+    told = [f"{rule} {count:,} of {of:,}" for rule, (count, of) in order[:MOST_RULES]]
+    if len(order) > MOST_RULES:
+        told.append(f"{len(order) - MOST_RULES} more rules")
+    if idle := len(effect.rules) - len(done):
+        told.append(f"{idle} other rules did nothing" if told else f"{idle} rules did nothing")
+    return ", ".join(told)
 
 
 def effect_in_words(stage: StageReport) -> str:
@@ -86,7 +105,10 @@ def effect_facts(stage: StageReport) -> list[tuple[str, str]]:
         facts.append(("weights quantized", "{:,} of {:,}".format(*effect.weights_quantized)))
     if effect.weights_changed is not None:
         facts.append(("tensors changed", "{:,} of {:,}".format(*effect.weights_changed)))
-    facts += [(f"rule {rule}", f"{done:,} of {of:,}") for rule, (done, of) in effect.rules.items()]
+    told = {rule: counts for rule, counts in effect.rules.items() if counts[0] or len(effect.rules) <= FEW_RULES}
+    facts += [(f"rule {rule}", f"{done:,} of {of:,}") for rule, (done, of) in told.items()]
+    if idle := [rule for rule in effect.rules if rule not in told]:
+        facts.append((f"{len(idle):,} rules did nothing", ", ".join(idle)))
     if contrary := contradiction(stage):
         facts.append(("contradiction", contrary))
     if effect.casts is not None and any(effect.casts):

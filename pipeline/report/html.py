@@ -129,6 +129,7 @@ def render_html(report: Report) -> str:
         apart=lambda point: apart(point, report),
         shown_verdict=lambda stage, point: shown_verdict(stage, point, report),
         short_flag=words.short_flag,
+        reason_to_tell=words.reason_to_tell,
         is_extra=lambda stage: words.is_extra(stage, report),
         earned_back=words.earned_back,
         alike=predict_alike(report),

@@ -50,3 +50,19 @@ def test_facts_hold_all_that_was_found() -> None:
     }
     assert dict(effect_facts(RICH.stage("export_onnx")))["parameters"] == "1,100,048,384"
     assert effect_facts(RICH.stage("source")) == []
+
+
+def test_of_many_rules_those_that_did_something_are_told_and_the_others_counted() -> None:
+    rules = {f"rule_{i}": (0, 261) for i in range(36)} | {"unsqueeze": (3, 261), "dead": (4, 257)}
+    stage = with_effect(kind="graph", nodes=(261, 257), rules=rules)
+    assert change(stage, RICH) == (
+        "changed the graph (261 → 257 nodes): dead 4 of 257, unsqueeze 3 of 261, 36 other rules did nothing"
+    )
+    facts = dict(effect_facts(stage))
+    assert facts["rule dead"] == "4 of 257"
+    assert facts["36 rules did nothing"].startswith("rule_0, rule_1, ")
+    assert "rule rule_0" not in facts
+    busy = with_effect(kind="graph", nodes=(9, 8), rules={f"rule_{i}": (9 - i, 9) for i in range(8)})
+    assert change(busy, RICH).endswith("rule_3 6 of 9, rule_4 5 of 9, 3 more rules")
+    few = with_effect(kind="graph", nodes=(9, 8), rules={"a": (0, 9), "b": (1, 9)})
+    assert change(few, RICH) == "changed the graph (9 → 8 nodes): a 0 of 9, b 1 of 9"
