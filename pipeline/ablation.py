@@ -113,7 +113,7 @@ def _obstacle(plan: Callable[[Sequence[Stage]], Plan], stages: Sequence[Stage], 
     try:
         return "; ".join(problem for problem in plan(stages).problems if problem not in known)
     except RecipeError as error:  # a pass does not take what the stage before the dropped one yields
-        return error.message
+        return error.message.removeprefix(f"{error.location}: ")  # a place where nothing is wrong
 
 
 def _chain(recipe: Recipe, end: str) -> list[Stage]:

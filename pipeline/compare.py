@@ -19,7 +19,6 @@ from pipeline.comparable import difference, scoring_of, text_of, unlike
 from pipeline.errors import PipelineError, RecipeError, did_you_mean
 from pipeline.events import Events
 from pipeline.hardware import describe_host
-from pipeline.measure.looks import LookPlan
 from pipeline.measure.process import StageToMeasure
 from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
@@ -285,7 +284,7 @@ def _medians(measured: SpeedMeasurement | None) -> Medians:
         return {}
     names = dict.fromkeys(sample.stage for sample in measured.samples)
     found = speed_figures(
-        measured.samples, baseline=measured.baseline, parents=dict.fromkeys(names), plan=_looks(measured)
+        measured.samples, baseline=measured.baseline, parents=dict.fromkeys(names), plan=measured.plan
     )
     return {
         name: {(p.kind, p.batch, p.prompt, p.new_tokens or None): p.latency_s.median for p in points}
@@ -296,15 +295,11 @@ def _medians(measured: SpeedMeasurement | None) -> Medians:
 def _floors(measured: SpeedMeasurement | None) -> dict[str, tuple[float, float]]:
     if measured is None:
         return {}
-    found = speed_figures(measured.samples, baseline=measured.baseline, parents={}, plan=_looks(measured))
+    found = speed_figures(measured.samples, baseline=measured.baseline, parents={}, plan=measured.plan)
     return {
         " ".join(str(v) for v in (f.kind, f.batch, f.prompt, f.new_tokens) if v): (f.ratio_low, f.ratio_high)
         for f in found.noise_floor
     }
-
-
-def _looks(measured: SpeedMeasurement) -> LookPlan | None:
-    return LookPlan.declare(measured.looks, measured.margin) if measured.looks else None
 
 
 # One stage

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.measure.looks import LookPlan
 from pipeline.measure.samples import SpeedMeasurement
-from pipeline.measure.statistics import compare_stages
+from pipeline.measure.statistics import SpeedRatio, compare_stages
 from pipeline.report.schema import PairedSpeed, Ratio
 
 
@@ -13,17 +12,18 @@ def paired_speed(
 ) -> tuple[PairedSpeed, ...]:
     """Speed of `stage` over that of `other` at every workload point at which both ran in two rounds or more.
 
+    Nothing is claimed where the budget did not hold even the least number of rounds.
+
     `comparisons` is the number of such pairs that are shown together. `again` is the stage whose second process shows
     the noise; default: the baseline.
     """
-    plan = LookPlan.declare(measured.looks, measured.margin) if measured.looks else None
     found = compare_stages(
         measured.samples,
         stage,
         other,
         baseline=again or measured.baseline,
-        plan=plan,
-        looks_taken=measured.looks_taken or None,
+        plan=measured.plan,
+        looks_taken=measured.looks_taken,
         comparisons=max(1, comparisons),
     )
     return tuple(
@@ -32,7 +32,12 @@ def paired_speed(
             batch=point.batch,
             prompt=point.prompt,
             new_tokens=point.new_tokens or None,
-            ratio=Ratio.model_validate(ratio.model_dump()),
+            ratio=_claimed(ratio, fits=measured.fits),
         )
         for point, ratio in found.items()
     )
+
+
+def _claimed(ratio: SpeedRatio, *, fits: bool) -> Ratio:
+    changes = {} if fits else {"verdict": "inconclusive"}
+    return Ratio.model_validate({**ratio.model_dump(), **changes})
