@@ -1,12 +1,17 @@
-"""What cannot be loaded is its stage's failure; what fails while it is measured leaves the stage unmeasured."""
+"""What cannot be loaded is its stage's failure; what fails while it is measured leaves the stage unmeasured.
+
+What predicts worse is judged by the recipe's thresholds, and told with the layer at which it fell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from pipeline.recipe import load_recipe
+from pipeline.report.schema import Divergence, QualityRatio
 from pipeline.run import RunResult, run
 from pipeline.store import Store
 
@@ -68,3 +73,95 @@ def test_what_was_made_from_it_and_other_branches_are_measured(name: str, result
 
 def test_it_is_not_exported(result: RunResult) -> None:
     assert result.report.export == "other"
+
+
+BREAKING = """
+from pipeline import Pass, load_onnx, new_tensor, save_onnx
+
+class BreakLayer(Pass):
+    "Multiply the weights of the second layer by 30, as a wrong scale would."
+    name = "break_layer"
+    accepts, produces = frozenset({"onnx"}), "onnx"
+    def run(self, artifact, params, context):
+        model = load_onnx(artifact)
+        for name, value in model.graph.initializers.items():
+            if "layers.1." in name and "proj" in name:
+                value.const_value = new_tensor(context.output, name, value.const_value.numpy() * 30)
+        return save_onnx(model, context.output, like=artifact)
+"""
+
+WORSE = (
+    "passes=[{pass: export_onnx, verify: false}, {pass: break_layer, name: wrong}, "
+    "{pass: quantize_weights, name: first_int4, after: export_onnx, head: keep, symmetric: true, block_size: 128, "
+    "exclude: ['*layers.[1-9]*']}]"
+)
+SHORT = [WORSE, "export=null", "gates=[]", "hardware=local", "evaluate.budget_s=1", "evaluate.quality.tokens=1500"]
+SHORT += ["evaluate.workload.prompt_lengths=[8]", "evaluate.workload.new_tokens=2"]
+
+
+@pytest.fixture(scope="module")
+def worse(tmp_path_factory: pytest.TempPathFactory, install: Callable[..., None]) -> Iterator[tuple[RunResult, Path]]:
+    """A run whose stages predict worse than the model, and the folder of its store."""
+    place = tmp_path_factory.mktemp("worse")
+    install(place, "breaking_passes", BREAKING, {"break_layer": "breaking_passes:BreakLayer"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(place))
+        patch.setenv("PYTHONPATH", str(place))
+        yield run(load_recipe("llama2-cpu", SHORT), store=Store(place / "store"), runs=place / "runs"), place
+
+
+def quality_of(result: RunResult, name: str) -> tuple[QualityRatio, Divergence]:
+    quality = result.report.stage(name).quality
+    assert quality is not None
+    assert quality.vs_baseline is not None
+    assert quality.divergence is not None, result.report.notes
+    return quality.vs_baseline, quality.divergence
+
+
+def test_a_broken_layer_is_broken_named_and_ends_the_run_with_exit_code_1(worse: tuple[RunResult, Path]) -> None:
+    paired, divergence = quality_of(worse[0], "wrong")
+    assert paired.verdict == "broken"
+    assert "times the baseline's: beyond 2" in str(paired.reason)
+    assert (divergence.first, divergence.most) == ("layer 1", "layer 1")
+    assert divergence.reference == "export_onnx"
+    assert worse[0].exit_code == 1
+    assert worse[0].report.export != "wrong"
+
+
+def test_a_layer_that_was_rounded_alone_is_the_only_one_with_an_error_of_its_own(worse: tuple[RunResult, Path]) -> None:
+    paired, divergence = quality_of(worse[0], "first_int4")
+    assert paired.verdict == "degraded"
+    assert "beyond" in str(paired.reason)
+    assert (divergence.first, divergence.most) == ("layer 0", "layer 0")
+    assert divergence.matched is not None
+    assert divergence.matched[0] == divergence.matched[1] > 2
+    assert [e.layer for e in divergence.layers if e.added is None or e.added > 1e-4] == ["layer 0"]
+
+
+def test_what_is_as_good_as_the_baseline_has_no_divergence(worse: tuple[RunResult, Path]) -> None:
+    exported = worse[0].report.stage("export_onnx").quality
+    assert exported is not None
+    assert exported.divergence is None
+    assert exported.vs_baseline is not None
+    assert exported.vs_baseline.verdict in {"identical", "equivalent"}
+
+
+def test_another_threshold_judges_what_is_remembered(worse: tuple[RunResult, Path]) -> None:
+    result, place = worse
+    thresholds = {"equivalent_kl_divergence": 5, "equivalent_perplexity_ratio": 1.9, "broken_perplexity_ratio": 1e9}
+    thresholds |= {"broken_top1_agreement": 0}
+    sets = [f"evaluate.quality.thresholds.{name}={value}" for name, value in thresholds.items()]
+    again = run(
+        load_recipe("llama2-cpu", [*SHORT, *sets]), store=Store(place / "store"), runs=place / "runs", measure=False
+    )
+    then, now = (found.report.stage("first_int4").quality for found in (result, again))
+    assert then is not None
+    assert now is not None
+    assert now.perplexity == then.perplexity
+    assert now.vs_baseline is not None
+    assert now.vs_baseline.verdict == "equivalent"
+    assert now.divergence is None
+    paired, divergence = quality_of(again, "wrong")
+    assert paired.verdict == "degraded"
+    assert divergence == quality_of(result, "wrong")[1]
+    assert again.exit_code == 0
