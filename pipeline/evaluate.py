@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError
 from pipeline.events import Events
-from pipeline.hardware.probe import Figure, cached_probe, probe, probe_folder, quick_bandwidth
+from pipeline.hardware.probe import BUSY_LOAD, Figure, cached_probe, probe, probe_folder, quick_bandwidth
 from pipeline.measure.effect import EFFECT_VERSION, Effect, compare_artifacts
 from pipeline.measure.layers import (
     LAYERS_VERSION,
@@ -92,6 +92,8 @@ class Evaluation:
     store: Store
     logs: Path
     events: Events
+    pairs: Sequence[tuple[str, str]] = ()
+    """Comparisons of speed that have to be decided, instead of those with the baseline."""
 
     def evaluate(self, *, speed: bool) -> Measured:
         """Effects, quality and, where asked for, speed. Without speed, only what the store remembers of quality."""
@@ -357,6 +359,9 @@ class Evaluation:
                         break
                     self.store.put_measurement(key, work.model_dump(mode="json"))
                 found.setdefault(stage.name, {})[point] = work
+            left = {name for work in found.get(stage.name, {}).values() for name in work.uncounted}
+            if left:
+                problems.append(f"the operations of {stage.name} are not all counted: {', '.join(sorted(left))}")
         return found, problems
 
     def _bandwidth(self) -> tuple[Figure, ...]:
@@ -375,20 +380,27 @@ class Evaluation:
             looks=self.recipe.evaluate.looks,
             margin=self.recipe.evaluate.margin,
             parents={stage.name: stage.parent for stage in self.plan.stages},
+            pairs=self.pairs,
             seed=self.recipe.seed,
             logs=self.logs,
             on_progress=lambda fraction, message: self.events.measuring(f"speed, {fraction:.0%} {message}"),
         )
 
     def _probe(self) -> None:
-        """Measure this machine, once: what it can do belongs beside what was measured on it."""
+        """Measure this machine, once, and again where it was busy then and is not now.
+
+        What it can do belongs beside what was measured on it.
+        """
         folder = probe_folder(self.store.root)
         threads = self.plan.threads
-        if cached_probe(self.plan.host, folder, threads=threads) is not None:
+        known = cached_probe(self.plan.host, folder, threads=threads)
+        load = self.plan.host.load_average
+        quieter = known is not None and known.was_busy and load is not None and load[0] < BUSY_LOAD
+        if known is not None and not quieter:
             return
         self.events.measuring("what this machine can do, once")
         try:
-            probe(self.plan.host, folder, threads=threads)
+            probe(self.plan.host, folder, threads=threads, again=quieter)
         except PipelineError as error:
             self.events.note(f"this machine could not be measured: {error}")
 

@@ -214,7 +214,8 @@ def test_a_tiny_model_whose_time_is_calls_is_not_flagged() -> None:
 
 
 def test_another_runtime_is_no_sibling() -> None:
-    eager = subject("eager", decoding(0.2), format="torch")
+    eager = subject("eager", decoding(0.2, launches=10), format="torch")
+    assert flags(eager, subject("compiled", decoding(0.02, launches=10), format="torch"))["eager"] is not None
     assert flags(eager, subject("onnx", decoding(0.02)))["eager"] is None
 
 

@@ -92,6 +92,15 @@ def test_a_tied_head_reads_the_table_once(tmp_path: Path) -> None:
     assert tied.weights_bytes == 4 * (2 * LAYER + TABLE + NORMS)
 
 
+def test_a_weight_with_two_names_is_read_once(llama: Path) -> None:
+    plain = torch_artifact(llama)
+    component = plain.component
+    names = {**component.tensors, "again.weight": component.tensors["model.layers.0.mlp.up_proj.weight"]}
+    shared = component.model_copy(update={"tensors": names})
+    twice = Artifact(plain.manifest.model_copy(update={"components": {"model": shared}}), plain.blobs)
+    assert count_work(twice, TOKEN) == count_work(plain, TOKEN)
+
+
 @pytest.mark.parametrize("extent", [WHOLE, TOKEN], ids=["whole pass", "one token"])
 def test_a_llama_has_the_operations_that_torch_counts(llama: Path, extent: Extent) -> None:
     import torch
