@@ -235,7 +235,7 @@ def _loaded(opening: Callable[[], Any], interface: Interface) -> _Loaded:
     memory, begin = _anonymous_bytes(), time.perf_counter()
     session = opening()
     load_s, after = time.perf_counter() - begin, _anonymous_bytes()
-    outputs = outputs_of(session, interface) if interface.cache is not None else []
+    outputs = outputs_of(session, interface)
     return _Loaded(load_s, None if memory is None or after is None else after - memory, outputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from passes.graph.causal_lm_session import CausalLMSession
 from pipeline import Interface, PipelineError
 
 if TYPE_CHECKING:
@@ -21,18 +22,23 @@ Outputs = list[dict[str, "np.ndarray"]]
 def outputs_of(session: Any, interface: Interface) -> Outputs:
     """Run a session of a causal language model call by call on random tokens, each continuing from its own cache.
 
+    Without a cache each call is a sequence of its own. A graph that takes no tokens is none: it has no outputs.
+
     Raises: PipelineError where ONNX Runtime fails.
     """
     import numpy as np
 
+    if "tokens" not in interface.inputs:
+        return []
     tokens = np.random.default_rng(SEED).integers(0, interface.vocab_size or 1, (1, sum(CALLS)), dtype=np.int64)
-    model = _Stepper(session, interface)
+    model = CausalLMSession(session, interface, list(interface.outputs.values()))
     outputs: Outputs = []
     past = 0
     for count in CALLS:
         if past + count <= (interface.max_length or sum(CALLS)):
-            outputs.append(model.step(tokens[:, past : past + count], past))
-            past += count
+            given = model.run(tokens[:, past : past + count], past)
+            outputs.append({role: given[name] for role, name in interface.outputs.items()})
+            past += count if interface.cache is not None else 0
     return outputs
 
 
@@ -56,50 +62,3 @@ def _difference(role: str, expected: np.ndarray, given: np.ndarray) -> float:
     reference = expected.astype(np.float64)
     difference = float(np.abs(given - reference).max()) / (float(reference.std()) or 1.0)
     return difference if np.isfinite(difference) else float("inf")
-
-
-class _Stepper:
-    """A session and the cache that it has filled."""
-
-    def __init__(self, session: Any, interface: Interface) -> None:
-        self._session = session
-        self._interface = interface
-        self._inputs = {node.name: node for node in session.get_inputs()}
-        self._past: dict[str, Any] = {}
-
-    def step(self, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
-        """Outputs by role, for tokens [1, S] after `past` others."""
-        import numpy as np
-
-        roles, length = self._interface.inputs, tokens.shape[1]
-        values = {
-            "tokens": tokens,
-            "mask": np.ones((1, past + length)),
-            "positions": np.arange(past, past + length)[None],
-        }
-        feeds = {roles[role]: self._typed(roles[role], value) for role, value in values.items() if role in roles}
-        if keep := self._interface.logits_to_keep:
-            feeds[keep] = self._typed(keep, np.full([1] * len(self._inputs[keep].shape), length))
-        for role, name in roles.items():
-            if role.startswith("past."):
-                feeds[name] = self._past.get(role, self._empty(name))
-        outputs = self._interface.outputs
-        try:
-            results = dict(zip(outputs, self._session.run(list(outputs.values()), feeds), strict=True))
-        except Exception as error:  # the runtime's exceptions share no base of their own
-            raise PipelineError(
-                f"ONNX Runtime cannot run the graph on {length} tokens after {past}: {str(error).partition(chr(10))[0]}"
-            ) from error
-        self._past = {role.replace("present", "past"): value for role, value in results.items() if role != "logits"}
-        return results
-
-    def _typed(self, name: str, value: np.ndarray) -> np.ndarray:
-        return value.astype("int32" if self._inputs[name].type == "tensor(int32)" else "int64")
-
-    def _empty(self, name: str) -> np.ndarray:
-        import numpy as np
-
-        assert self._interface.cache is not None
-        cache = self._interface.cache
-        dtype = {"tensor(float16)": np.float16}.get(self._inputs[name].type, np.float32)
-        return np.zeros((1, cache.kv_heads, 0, cache.head_dim), dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from passes.graph.causal_lm_session import CausalLMSession
 from pipeline import Artifact, PassContext, PipelineError, load_onnx
 
 if TYPE_CHECKING:
@@ -68,91 +69,27 @@ def observe(
 
     Raises: PipelineError where the graph takes inputs that tokens alone do not give, or ONNX Runtime refuses it.
     """
-    graph = _Graph(artifact, names, threads=threads, decode=decode)
+    graph = _open(artifact, names, threads=threads, decode=decode)
     length = tokens.shape[1]
     steps = min(DECODE_STEPS, length - 1) if graph.has_cache else 0
     batch = max(1, RUN_TOKENS // length)
     for begin in range(0, len(tokens), batch):
         part = tokens[begin : begin + batch]
-        yield graph.run(part[:, : length - steps], past=0)
+        yield graph.run(part[:, : length - steps], past=0, keep=1)
         for place in range(length - steps, length):
-            yield graph.run(part[:, place : place + 1], past=place)
+            yield graph.run(part[:, place : place + 1], past=place, keep=1)
 
 
-class _Graph:
-    """A graph in ONNX Runtime whose outputs are the values asked for and, if wanted, its cache."""
-
-    def __init__(self, artifact: Artifact, names: Sequence[str], *, threads: int, decode: bool) -> None:
-        interface = artifact.interface
-        self._inputs = interface.inputs
-        if "tokens" not in self._inputs:
-            raise PipelineError("calibration reads text, and the graph's interface names no input `tokens`")
-        self._layout = interface.cache
-        pasts = [role for role in self._inputs if role.startswith("past.")]
-        if pasts and self._layout is None:
-            raise PipelineError("the graph's interface has no cache layout")
-        self.has_cache = decode and bool(pasts)
-        self._pasts = {self._inputs[role]: interface.outputs[role.replace("past", "present")] for role in pasts}
-        model = load_onnx(artifact)
-        asked = [*names, *(self._pasts.values() if self.has_cache else ())]
-        _keep_outputs(model, asked)
-        self._names = list(names)
-        self._asked = list(dict.fromkeys(asked))
-        self._logits_to_keep = interface.logits_to_keep
-        self._session, self._weights = _session(model, threads)
-        self._types = {node.name: (node.type, len(node.shape)) for node in self._session.get_inputs()}
-        known = {self._inputs.get(role) for role in ("tokens", "mask", "positions")} | {self._logits_to_keep}
-        if unknown := self._types.keys() - self._pasts.keys() - known:
-            raise PipelineError(f"calibration cannot feed the graph's inputs {', '.join(sorted(unknown))}")
-        self._past: dict[str, Any] = {}
-
-    def run(self, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
-        """Values for tokens [B, S] after `past` others; an empty past empties the cache."""
-        import numpy as np
-
-        batch, length = tokens.shape
-        given = {
-            "tokens": tokens,
-            "mask": np.ones((batch, past + length)),
-            "positions": np.broadcast_to(np.arange(past, past + length), (batch, length)),
-        }
-        feeds = {self._inputs[role]: array for role, array in given.items() if role in self._inputs}
-        if self._logits_to_keep is not None:
-            feeds[self._logits_to_keep] = np.ones([1] * self._types.get(self._logits_to_keep, ("", 0))[1])
-        feeds = {name: _ort_value(self._integers(name, array)) for name, array in feeds.items() if name in self._types}
-        for name in self._pasts:
-            feeds[name] = self._past[name] if past else self._empty(batch)
-        try:
-            made = self._session.run_with_ort_values(self._asked, feeds)
-        except Exception as error:  # the runtime's exceptions share no base of their own
-            raise PipelineError(f"ONNX Runtime failed on the calibration text: {error}") from error
-        values = dict(zip(self._asked, made, strict=True))
-        if self.has_cache:
-            self._past = {name: values[present] for name, present in self._pasts.items()}
-        return {name: values[name].numpy() for name in self._names}
-
-    def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
-        import numpy as np
-
-        return np.ascontiguousarray(values, np.int32 if self._types[name][0] == "tensor(int32)" else np.int64)
-
-    def _empty(self, batch: int) -> Any:
-        """The cache of a layer before any token, as an OrtValue: numpy has no bfloat16 for the session to return."""
-        import ml_dtypes
-        import numpy as np
-
-        assert self._layout is not None
-        dtype = np.dtype(getattr(ml_dtypes, self._layout.dtype, self._layout.dtype))
-        return _ort_value(np.empty((batch, self._layout.kv_heads, 0, self._layout.head_dim), dtype))
-
-
-def _ort_value(array: np.ndarray) -> Any:
-    """An OrtValue over the array's own memory."""
-    import onnx_ir as ir
-    import onnxruntime
-
-    element = int(ir.DataType.from_numpy(array.dtype))
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
+def _open(artifact: Artifact, names: Sequence[str], *, threads: int, decode: bool) -> CausalLMSession:
+    """The graph with the values of those names for outputs and, with `decode`, its cache."""
+    interface = artifact.interface
+    if "tokens" not in interface.inputs:
+        raise PipelineError("calibration reads text, and the graph's interface names no input `tokens`")
+    presents = [name for role, name in interface.outputs.items() if role.startswith("present.")] if decode else []
+    model = load_onnx(artifact)
+    _keep_outputs(model, [*names, *presents])
+    session, weights = _session(model, threads)
+    return CausalLMSession(session, interface, names, carried=decode, alive=weights)
 
 
 def _keep_outputs(model: ir.Model, names: Sequence[str]) -> None:
