@@ -195,8 +195,6 @@ class Launcher:
     def _begin(self, seat: Seat, processes: ExitStack) -> WorkerProcess | None:
         """A process that has begun to import what it needs, closed by `processes`; None where it does not start."""
         stage = seat.stage
-        if stage.name in self.record.failures:
-            return None
         try:
             worker = self.start_worker(stage.name, stage.spec, self.logs / f"{stage.name}.log")
         except StageError as error:

@@ -1,4 +1,5 @@
 import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -22,10 +23,13 @@ def compiled(artifact: Artifact) -> Artifact:
 
 
 def written(path: Path) -> Path:
-    """A file of 4 MiB on a disk; skips where the folder lies in memory."""
+    """A file of 4 MiB that was just written; skips where the folder lies in memory."""
     path.write_bytes(bytes(4 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     if not drop_from_page_cache([path]):
         pytest.skip("the file system keeps its files in memory")
+    path.write_bytes(bytes(4 << 20))
     return path
 
 

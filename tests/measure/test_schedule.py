@@ -324,9 +324,10 @@ def test_no_worker_is_left(host: FakeHost, artifacts: dict[str, Artifact]) -> No
     assert not host.alive
 
 
-def test_no_worker_is_left_after_an_interruption(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+@pytest.mark.parametrize("moment", ["loading export", "warming up int4", "planned", "round 2"])
+def test_no_worker_is_left_after_an_interruption(host: FakeHost, artifacts: dict[str, Artifact], moment: str) -> None:
     def interrupt(fraction: float, message: str) -> None:
-        if "round 2" in message:
+        if moment in message:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -490,6 +491,15 @@ def test_a_cold_load_that_no_launch_gives_has_a_process_of_its_own_at_the_end(
     assert sorted(map(str, cold_loads(measured).values())) == ["0", "1", "2", "None", "None"]
     assert len(cold_loads(measured)) == 5
     assert host.started[-2:] == ["copy2", "copy3"]
+
+
+def test_the_plan_leaves_room_for_the_cold_loads_that_no_launch_gives(artifacts: dict[str, Artifact]) -> None:
+    own = measure(FakeHost(import_s=20.0), artifacts, looks=(30,), budget_s=160)
+    shared = measure(FakeHost(import_s=20.0), dict.fromkeys(NAMES, artifacts["source"]), looks=(30,), budget_s=160)
+    assert own.launches == shared.launches == 1
+    assert own.rounds > shared.rounds >= 3
+    assert len(cold_loads(own)) == len(cold_loads(shared)) == 3
+    assert shared.wall_s <= 160
 
 
 def test_a_budget_that_holds_no_more_cold_loads_says_which_are_missing(
