@@ -209,7 +209,9 @@ class Target(Part):
 
     decode_tokens_per_s_limit: float | None = None
     prefill_tokens_per_s_limit: float | None = None
-    bound_by: Literal["memory", "arithmetic"] | None = Field(None, description="what limits decode there")
+    bound_by: Literal["memory", "arithmetic"] | None = Field(
+        None, description="what limits decode there, or a whole pass where nothing is decoded"
+    )
     fits: bool | None = None
 
 
