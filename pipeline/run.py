@@ -63,7 +63,7 @@ def run(
     host = describe_host()
     store = store or Store(default_store_path())
     source = source_of(recipe, download=True)
-    text = evaluation_text_of(recipe)
+    text = evaluation_text_of(recipe, source)
     ablation = None
     if ablate is None:
         plan = resolve(recipe, source, store, host, until=until, only=only, force=force)
@@ -103,6 +103,7 @@ def run(
             store=store,
             logs=folder.path / "logs",
             events=events,
+            pairs=ablation.pairs if ablation else (),
         )
         measured = evaluation.evaluate(speed=measure)
         report = build_report(
