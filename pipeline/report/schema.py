@@ -285,7 +285,7 @@ class BreakEven(Part):
     """When the time that the optimization took is earned back, against running the baseline."""
 
     cost_s: float = Field(
-        description="making this stage and all that it was made from, when they were made, beyond what the baseline needs"
+        description="making this stage and all that it was made from, when made, beyond what the baseline needs"
     )
     tokens: int | None = Field(None, description="decoded (or forward) tokens that earn it back; null: never")
     low: int | None = Field(None, description="with the end of the interval that is best for the stage")
