@@ -23,7 +23,7 @@ from pipeline.measure.process import StageToMeasure
 from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
 from pipeline.measure.statistics import speed_figures
-from pipeline.measure.workload import Workload
+from pipeline.measure.workload import Point, Workload
 from pipeline.recipe import Recipe
 from pipeline.report.comparison import (
     ComparedQuality,
@@ -297,7 +297,7 @@ def _floors(measured: SpeedMeasurement | None) -> dict[str, tuple[float, float]]
         return {}
     found = speed_figures(measured.samples, baseline=measured.baseline, parents={}, plan=measured.plan)
     return {
-        " ".join(str(v) for v in (f.kind, f.batch, f.prompt, f.new_tokens) if v): (f.ratio_low, f.ratio_high)
+        str(Point(kind=f.kind, batch=f.batch, prompt=f.prompt, new_tokens=f.new_tokens)): (f.ratio_low, f.ratio_high)
         for f in found.noise_floor
     }
 

@@ -423,3 +423,15 @@ def test_where_the_baseline_is_gone_another_stage_takes_its_place(place: Place) 
     assert found.baseline == "a.source"
     assert any("the baseline of RUN_A is gone" in note for note in found.notes)
     assert {s.name: s.status for s in found.stages} == {"source": "paired", "mark": "unpaired", "write": "paired"}
+
+
+def test_the_page_begins_with_what_came_out(place: Place) -> None:
+    a, b = place.run(), place.run("[{pass: mark, value: 2}]")
+    for seconds, told in ((0.02, "slower in RUN_B: mark"), (0.005, "faster in RUN_B, and nothing slower")):
+        host = FakeHost(a__mark=0.01, b__mark=seconds)
+        page = (place.compare(a, b, host).folder / "comparison.html").read_text()
+        assert told in page[: page.index("<h1>")]
+    undecided = place.compare(a, b, FakeHost(), budget_s=0.001)
+    page = (undecided.folder / "comparison.html").read_text()
+    assert "not all is decided" in page[: page.index("<h1>")]
+    assert {verdict(undecided, s.name) for s in undecided.comparison.stages} == {"inconclusive"}

@@ -47,6 +47,7 @@ def render_comparison_html(comparison: Comparison) -> str:
         words=words,
         symbols=SYMBOLS,
         headline=words.headline(comparison),
+        outcome=words.outcome(comparison),
         charts=_charts(comparison),
         json_link=data_link("application/json", comparison.to_json()),
     )

@@ -70,12 +70,32 @@ def ratio_in_words(point: ComparedSpeed) -> tuple[str, str]:
     return times(point.ratio.ratio), times_interval(point.ratio.ratio, point.ratio)
 
 
+def outcome(comparison: Comparison) -> tuple[str, str]:
+    """(a style, words) for the comparison as a whole."""
+    verdicts = [p.ratio.verdict if p.ratio is not None else None for s in comparison.stages for p in s.speed]
+    if comparison.slower:
+        return "bad", f"slower in RUN_B: {', '.join(comparison.slower)}"
+    if not verdicts or any(v in {None, "inconclusive"} for v in verdicts):
+        return "unsure", "not all is decided"
+    if "faster" in verdicts:
+        return "good", "faster in RUN_B, and nothing slower"
+    return "plain", "equally fast"
+
+
 def claim(point: ComparedSpeed, stage: ComparedStage) -> str:
     """The verdict, with all that a reader has to know before believing it."""
+    told = caveat(point, stage)
+    if point.ratio is None:
+        return told
+    return f"{point.ratio.verdict}, {told}" if told else point.ratio.verdict
+
+
+def caveat(point: ComparedSpeed, stage: ComparedStage) -> str:
+    """What a reader has to know before believing the verdict; why there is none."""
     if point.ratio is None:
         return point.reason or "not known"
     ratio = point.ratio
-    told: list[str] = [ratio.verdict]
+    told: list[str] = []
     if ratio.verdict == "inconclusive" and ratio.rounds_to_decide:
         told.append(f"about {ratio.rounds_to_decide} rounds would decide")
     if not point.paired:
