@@ -41,6 +41,9 @@ from pipeline.parent import die_with_parent
 from pipeline.runtime import CausalLMRunner, ExecutionSpec, load_runner
 from pipeline.runtime.protocol import RUNNERS
 
+OUT_OF_MEMORY = ("Failed to allocate memory", "can't allocate memory", "bad_alloc", "bad allocation", "out of memory")
+"""How ONNX Runtime, torch on CPUs, C++ and CUDA say that an allocation was refused."""
+
 RECORDED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
@@ -170,16 +173,24 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     for line in requests:
         try:
             answer: dict[str, Any] = {"ok": session.answer(json.loads(line))}
-        except PipelineError as error:
-            answer = {"error": {"message": error.message, "hint": error.hint}}
-        except MemoryError as error:
-            message = f"there is not enough memory for it: {error or 'an allocation was refused'}"
-            answer = {"error": {"message": message, "hint": "a smaller batch or a shorter prompt takes less"}}
         except Exception as error:  # libraries raise anything; the parent decides what it means for the run
-            traceback.print_exc()
-            answer = {"error": {"message": f"{type(error).__name__}: {error}", "hint": None}}
+            if not isinstance(error, PipelineError):
+                traceback.print_exc()
+            answer = {"error": _told(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """What is told of an error: message and hint."""
+    if isinstance(error, PipelineError):
+        message, hint = error.message, error.hint
+    else:
+        message, hint = f"{type(error).__name__}: {error}", None
+    if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):
+        message = f"there is not enough memory for it: {message}"
+        hint = "a smaller batch or a shorter prompt takes less"
+    return {"message": message, "hint": hint}
 
 
 def main() -> None:

@@ -106,6 +106,24 @@ def test_a_graph_without_a_cache_asked_for_prompts_is_refused_with_what_to_do(wo
         worker.ask("block", **block())
 
 
+@linux
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_a_batch_that_memory_does_not_hold_is_told_and_the_next_request_is_answered(
+    format: str, worker: Worker, tmp_path: Path
+) -> None:
+    if format == "onnx":
+        worker.load(tiny_models.onnx_artifact(tmp_path / "whole", cached=False))
+    else:
+        worker.load(tiny_models.torch_artifact(tiny_models.save_llama(tmp_path / "llama")))
+    small = Point(kind="forward", batch=1, prompt=8, new_tokens=0)
+    worker.ask("block", **block(point=small.model_dump(), steps=0))
+    psutil.Process(worker.pid).rlimit(psutil.RLIMIT_AS, (psutil.Process(worker.pid).memory_info().vms + 2**27,) * 2)
+    huge = Point(kind="forward", batch=40_000, prompt=48, new_tokens=0)  # its logits alone take 491 MB
+    with pytest.raises(StageError, match=r"(?s)there is not enough memory for it.*a smaller batch"):
+        worker.ask("block", **block(point=huge.model_dump(), steps=0))
+    assert worker.ask("block", **block(point=small.model_dump(), steps=0))["seconds"]
+
+
 def test_affinity_is_that_of_the_spec(tmp_path: Path, artifact: Artifact) -> None:
     cpu = max(os.sched_getaffinity(0))
     with Worker("pinned", ExecutionSpec(affinity=(cpu,)), tmp_path / "log") as worker:

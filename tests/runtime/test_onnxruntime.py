@@ -124,18 +124,25 @@ def test_a_whole_pass_leaves_nothing_in_the_cache(runner: OnnxRuntimeRunner) -> 
         runner.decode(TOKENS[:, :1])
 
 
-def test_a_whole_pass_computes_the_logits_of_all_positions(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = OnnxRuntimeRunner(artifact, ExecutionSpec())
-    shapes = []
-    copy = runtime._positions
+def test_a_whole_pass_asks_for_all_logits_and_copies_the_last(
+    runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, copied = [], []
+    run, copy = runner._run, runtime._positions
 
-    def seen(logits: object, part: slice) -> np.ndarray:
-        shapes.append(logits.shape())  # type: ignore[attr-defined]
-        return copy(logits, part)
+    def watched_run(tokens: np.ndarray, *, keep: int, cached: bool = True) -> object:
+        asked.append((keep, cached))
+        return run(tokens, keep=keep, cached=cached)
 
-    monkeypatch.setattr(runtime, "_positions", seen)
+    def watched_copy(logits: object, part: slice) -> np.ndarray:
+        copied.append(copy(logits, part))
+        return copied[-1]
+
+    monkeypatch.setattr(runner, "_run", watched_run)
+    monkeypatch.setattr(runtime, "_positions", watched_copy)
     runner.forward(TOKENS)
-    assert shapes == [[2, 20, tiny_models.VOCABULARY]]
+    assert asked == [(20, False)]
+    assert [array.shape for array in copied] == [(2, 1, tiny_models.VOCABULARY)]
 
 
 def test_a_whole_pass_that_is_too_long_is_refused_with_both_numbers(runner: OnnxRuntimeRunner) -> None:
