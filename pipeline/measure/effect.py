@@ -17,7 +17,7 @@ from pipeline.report.schema import Effect, Region
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-EFFECT_VERSION = 4
+EFFECT_VERSION = 5
 """Enters the key of cached effects: raised when the same two artifacts would compare otherwise."""
 
 __all__ = ["EFFECT_VERSION", "Effect", "compare_artifacts", "graph_fingerprint", "region_of", "with_rules"]

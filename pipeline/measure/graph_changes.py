@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.measure.fingerprint import Place, is_default
 from pipeline.measure.graph_match import Match, Nodes, match_graphs
+from pipeline.measure.graph_weights import dtype_name
 from pipeline.report.schema import Region, RegionNode
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ def _detail(node: ir.Node, opsets: Mapping[str, int], *, attributes: bool = True
         tensor = value.const_value if value is not None and value.is_initializer() else None
         if tensor is not None and len(tensor.shape):
             sizes = "×".join(str(size) for size in tensor.shape)
-            weights.append(f"{tensor.dtype.name.lower()}[{sizes}]")
+            weights.append(f"{dtype_name(tensor.dtype)}[{sizes}]")
     if not attributes:
         return " ".join(weights)
     told = [
@@ -321,7 +322,7 @@ def _value(node: ir.Node, attribute: ir.Attr) -> str:
     import onnx_ir as ir
 
     if (node.op_type, attribute.name) == ("Cast", "to"):
-        return ir.DataType(attribute.as_int()).name.lower()
+        return dtype_name(ir.DataType(attribute.as_int()))
     if attribute.type in (ir.AttributeType.TENSOR, ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return attribute.type.name.lower()
     values = attribute.value if isinstance(attribute.value, tuple | list) else [attribute.value]

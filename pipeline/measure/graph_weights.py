@@ -116,10 +116,15 @@ PACKED = {("com.microsoft", "MatMulNBits"), ("com.microsoft", "MatMulBnb4")}
 """Operators whose weights, input 1, are K x N numbers in fewer bytes."""
 
 
+def dtype_name(dtype: ir.DataType) -> str:
+    """As NumPy and PyTorch call it; ONNX says FLOAT for 32 bits."""
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
+
+
 def data_types(models: Collection[ir.Model]) -> Counter[str]:
     """Weights by data type; those of up to 1 KB are left out."""
     return Counter(
-        tensor.dtype.name.lower()
+        dtype_name(tensor.dtype)
         for model in models
         for graph in model.graphs()
         for value in graph.initializers.values()

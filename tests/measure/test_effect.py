@@ -212,7 +212,7 @@ def test_casts_data_types_and_parameters_are_counted_before_and_after(before: Ar
     numbers = sum(array.size for array in tiny_models.onnx_weights().values())
     found = effect(before, tiny_models.onnx_artifact(tmp_path / "half", weight_dtype="bfloat16"))
     assert found.casts == (0, 3)
-    assert found.data_types == {"bfloat16": (0, 3), "float": (3, 0)}
+    assert found.data_types == {"bfloat16": (0, 3), "float32": (3, 0)}
     assert found.parameters == (numbers, numbers)
 
 
