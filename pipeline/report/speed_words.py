@@ -70,11 +70,14 @@ def _against(kind: str, points: Sequence[Speed], stage: StageReport, report: Rep
     if stage.parent not in {None, report.baseline}:
         further = [(p, p.vs_parent) for p in points]
         if any(ratio for _, ratio in further):
-            words += ", and " + _compared("", further, str(stage.parent), report)
+            # why it is undecided is told of the baseline: once is enough for a sentence
+            words += ", and " + _compared("", further, str(stage.parent), report, reasons=False)
     return words
 
 
-def _compared(kind: str, ratios: Sequence[tuple[Speed, Ratio | None]], other: str, report: Report) -> str:
+def _compared(
+    kind: str, ratios: Sequence[tuple[Speed, Ratio | None]], other: str, report: Report, *, reasons: bool = True
+) -> str:
     known = [(p, r) for p, r in ratios if r is not None]
     subject = f"{kind} " if kind else ""
     margin = margin_of(report)
@@ -83,7 +86,7 @@ def _compared(kind: str, ratios: Sequence[tuple[Speed, Ratio | None]], other: st
     if len(known) == 1:
         point, ratio = known[0]
         figures = f"{times(ratio.ratio)} ({times_interval(ratio.ratio, ratio, margin)})"
-        why = why_undecided(ratio, point, report)
+        why = why_undecided(ratio, point, report) if reasons else ""
         said = f"{subject}{'is ' if kind else ''}{_verdict_in_words(ratio.verdict, other)}, {figures}"
         return said + (f": {why}" if why else "")
     only = [r for _, r in known]

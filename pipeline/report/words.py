@@ -79,12 +79,11 @@ def quality_clause(stage: StageReport, report: Report) -> str:
         return f"perplexity {number(quality.perplexity, '.3f')}"
     if paired.verdict == "identical":
         return f"its predictions are identical to {report.baseline}'s"
-    why = f" ({reason})" if (reason := reason_to_tell(paired)) else ""
     if random:
-        return f"{_agreement(paired, report)}, {paired.verdict}{why}"
+        return f"{_agreement(paired, report)}, {paired.verdict}"
     ratio = paired.perplexity_ratio
     interval = f" ({finer_interval(ratio.ratio, ratio)})" if ratio.ratio is not None else ""
-    return f"perplexity {finer_times(ratio.ratio)} {report.baseline}'s{interval}, {paired.verdict}{why}"
+    return f"perplexity {finer_times(ratio.ratio)} {report.baseline}'s{interval}, {paired.verdict}"
 
 
 def divergence_in_words(divergence: Divergence) -> str:

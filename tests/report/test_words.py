@@ -11,6 +11,7 @@ import pytest
 from every_case import HOSTILE, LONG, forward_report, rich_report
 
 from pipeline.report.effects import effect_in_words
+from pipeline.report.markdown import render_markdown
 from pipeline.report.schema import BreakEven, Divergence, Effect, NoiseFloor, Ratio, Report, StageReport
 from pipeline.report.words import break_even_in_words, divergence_in_words, earned_back, headline, sentence
 
@@ -356,8 +357,18 @@ def test_the_layer_where_quality_fell_is_named() -> None:
     assert diverging(None, None, errors) == ""
 
 
-def test_the_reason_of_a_verdict_is_told() -> None:
-    assert "degraded (perplexity 1.072 times the baseline's: beyond 1.01)" in sentence(RICH.stage("int4"), RICH)
+def test_the_reason_of_a_verdict_is_told_in_the_tables_and_the_verdict_in_the_sentence() -> None:
+    assert "degraded: perplexity 1.072 times the baseline's: beyond 1.01" in " ".join(render_markdown(RICH).split())
+    assert ", degraded;" in sentence(RICH.stage("int4"), RICH)
+
+
+def test_what_would_decide_is_told_of_the_baseline_and_not_again_of_the_parent() -> None:
+    stage = RICH.stage(LONG)
+    assert stage.speed is not None
+    point = stage.speed[1].model_copy(update={"vs_parent": stage.speed[1].vs_baseline})
+    told = sentence(stage.model_copy(update={"speed": (point,), "parent": "fused"}), RICH)
+    assert "and inconclusive against fused, 1.007 × (0.916–1.098)" in told
+    assert told.count("rounds would decide") == 1
 
 
 def test_an_undecided_speed_says_what_would_decide_it() -> None:
