@@ -6,8 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 PARENT = "PIPELINE_PARENT"
 """Environment variable with the number of the process that started a worker."""
 
@@ -24,6 +27,24 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Have descendants whose parents end become this process's children meanwhile, and not init's. Linux only.
+
+    Raises: OSError where the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = ctypes.c_int(0)
+    asked = libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
+    if asked or libc.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1)):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(before.value))
+
+
 def worker_environment(threads: int) -> dict[str, str]:
     """The environment of a worker: this process's, with the number of threads set and the network left alone."""
     return {
@@ -35,6 +56,7 @@ def worker_environment(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # whatever a stage needs is in its artifact
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "ORT_DISABLE_TELEMETRY": "1",  # importing onnxruntime would start its uploader, a thread that sends
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",  # a crash in C leaves Python's stacks in the log

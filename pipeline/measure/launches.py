@@ -1,7 +1,8 @@
 """Launches: a process for every stage and a second one for the baseline, started, loaded and warmed up.
 
-Processes are true ones, each begun by exec: a fork would share its parent's memory layout, which is what launches are
-there to vary. Libraries are imported side by side; loading, which is timed, and everything after it is one at a time.
+What launches are there to vary is drawn anew for each: the processes that workers are forked from are begun by exec,
+one for every runtime, and import its libraries, side by side; see pipeline.measure.nursery. Loading, which is timed,
+and everything after it is one at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -108,7 +109,8 @@ class Launcher:
     logs: Path
     record: Record
     cold: ColdLoads
-    start_worker: StartWorker
+    begin_launch: Callable[[], AbstractContextManager[StartWorker]]
+    """What starts the processes of one launch."""
     clock: Callable[[], float]
     tell: Callable[[str], None]
     vocab_size: int = 0
@@ -118,6 +120,30 @@ class Launcher:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)  # noqa: S311 (an order, not a secret)
         self._launch = 0
+        self._begun: int | None = None
+        self._source = ExitStack()
+        self._start_worker: StartWorker | None = None
+
+    def close(self) -> None:
+        """End what starts processes. Safe to call again."""
+        self._start_worker, self._begun = None, None
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _starter(self) -> StartWorker:
+        """What starts processes in this launch; it is the same for all its groups."""
+        if self._start_worker is None or self._begun != self._launch:
+            self.close()
+            self._start_worker = self._source.enter_context(self.begin_launch())
+            self._begun = self._launch
+        return self._start_worker
 
     def start(self, group: Group, launch: int, *, number: int = 0, groups: int = 1, launches: int = 1) -> Crew:
         """The crew of the `number`-th group, without those that fail. They are left out of later launches, too.
@@ -196,7 +222,7 @@ class Launcher:
         """A process that has begun to import what it needs, closed by `processes`; None where it does not start."""
         stage = seat.stage
         try:
-            worker = self.start_worker(stage.name, stage.spec, self.logs / f"{stage.name}.log")
+            worker = self._starter()(stage.name, stage.spec, self.logs / f"{stage.name}.log")
         except StageError as error:
             self._fail(seat, str(error))
             return None

@@ -114,6 +114,7 @@ def measure_layers(
         on_progress(f"layers of {stage.name}")
         worker: WorkerProcess = start_worker(stage.name, stage.spec, logs / f"{stage.name}.log")
         try:
+            worker.prepare(stage.artifact)
             return worker.ask("layers", **describe(stage), work=work.model_dump(mode="json"))
         finally:
             worker.close()

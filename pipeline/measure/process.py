@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import IO, Any, Protocol, Self
 
 from pipeline.artifact import Artifact
 from pipeline.errors import StageError
@@ -34,6 +34,20 @@ class StageToMeasure:
     """What running it takes at its most, where that was estimated before."""
 
 
+class Process(Protocol):
+    """What a worker needs of its process; a Popen is one."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+    @property
+    def returncode(self) -> int | Any: ...  # None until it was waited for
+    def wait(self) -> int: ...
+
+
 class WorkerDiedError(StageError):
     """The process ended without an answer."""
 
@@ -53,28 +67,42 @@ class Worker:
         self.log = log
         self._spec = spec
         self._preparing = False
+        self._process: Process | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as sink:
             self._log_start = sink.tell()
-            self._process = subprocess.Popen(
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the process, where it does not wait to be prepared."""
+        self._process = self._execute()
+
+    def _execute(self) -> Process:
+        with self.log.open("ab") as sink:
+            return subprocess.Popen(
                 [sys.executable, "-P", "-m", "pipeline.measure.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,
-                env=worker_environment(spec.threads),
+                env=worker_environment(self._spec.threads),
                 start_new_session=True,
             )
 
     @property
+    def process(self) -> Process:
+        assert self._process is not None, "the process has not been started: prepare it"
+        return self._process
+
+    @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
     def prepare(self, artifact: Artifact) -> None:
         """Have the process import what the artifact needs. Returns at once, so that several can do so together.
 
         Whether it went well is the next answer's to tell.
         """
-        self._send("prepare", self._description(artifact))
+        self._send("prepare", description(artifact, self._spec))
         self._preparing = True
 
     def wait_until_prepared(self) -> None:
@@ -93,7 +121,7 @@ class Worker:
         """
         self.wait_until_prepared()
         try:
-            return self.ask("load", **self._description(artifact))
+            return self.ask("load", **description(artifact, self._spec))
         except StageError as error:
             reason = error.message.removeprefix(f"{self.name}: ")
             raise LoadError(f"its model does not load: {reason}", hint=error.hint) from None
@@ -103,14 +131,7 @@ class Worker:
 
         Raises: StageError where it cannot be dropped; WorkerDiedError where the process ends.
         """
-        self.ask("forget_compiled", **self._description(artifact))
-
-    def _description(self, artifact: Artifact) -> dict[str, Any]:
-        return {
-            "manifest": artifact.manifest.model_dump(mode="json"),
-            "blobs": str(artifact.blobs.absolute()),
-            "spec": self._spec.model_dump(mode="json"),
-        }
+        self.ask("forget_compiled", **description(artifact, self._spec))
 
     def ask(self, request: str, **fields: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
@@ -122,14 +143,16 @@ class Worker:
         return self._receive(request)
 
     def _send(self, request: str, fields: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
+        stdin = self.process.stdin
+        assert stdin is not None
         with suppress(BrokenPipeError):  # it is dead, which reading its answer will tell
-            self._process.stdin.write(json.dumps({"request": request, **fields}).encode() + b"\n")
-            self._process.stdin.flush()
+            stdin.write(json.dumps({"request": request, **fields}).encode() + b"\n")
+            stdin.flush()
 
     def _receive(self, request: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        stdout = self.process.stdout
+        assert stdout is not None
+        line = stdout.readline()
         if not line.endswith(b"\n"):
             raise self._death(request)
         answer = json.loads(line)
@@ -140,17 +163,15 @@ class Worker:
 
     def close(self) -> None:
         """End the process and those that it started. Safe to call again."""
+        if self._process is None:
+            return
         if self._process.returncode is None:  # not waited for yet, so the number is still its own
-            self._kill_group()
+            kill_group(self._process.pid)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with suppress(BrokenPipeError):  # a request that it did not live to read
                     stream.close()
-
-    def _kill_group(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
 
     def __enter__(self) -> Self:
         return self
@@ -161,21 +182,44 @@ class Worker:
         self.close()
 
     def _death(self, request: str) -> WorkerDiedError:
-        code = self._process.wait()
-        self._kill_group()  # those that it started
-        if code < 0:
-            name = signal.Signals(-code).name
-            how = f"was ended by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
-        else:
-            how = f"ended with exit status {code}"
-        return WorkerDiedError(f"the process of {self.name} {how} during `{request}`", hint=self._log_tail())
+        how = how_it_ended(self.process.wait())
+        with suppress(ProcessLookupError):  # those that it started
+            os.killpg(self.process.pid, signal.SIGKILL)
+        hint = last_lines(self.log, self._log_start)
+        return WorkerDiedError(f"the process of {self.name} {how} during `{request}`", hint=hint)
 
-    def _log_tail(self) -> str:
-        with self.log.open("rb") as file:
-            file.seek(self._log_start)
-            lines = file.read().decode("utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        name = f"{self.log.parent.name}/{self.log.name}"  # the run's folder has another name when it is complete
-        return "\n  ".join([f"last lines of {name}:", *lines]) if lines else f"{name} is empty"
+
+def description(artifact: Artifact, spec: ExecutionSpec) -> dict[str, Any]:
+    """What requests say of an artifact and how it is run."""
+    return {
+        "manifest": artifact.manifest.model_dump(mode="json"),
+        "blobs": str(artifact.blobs.absolute()),
+        "spec": spec.model_dump(mode="json"),
+    }
+
+
+def kill_group(pid: int) -> None:
+    """Kill a process that was not waited for yet, and those that it started, where it has a session of its own."""
+    for kill in (os.killpg, os.kill):  # a fork that has just begun has no session yet
+        with suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+
+
+def how_it_ended(code: int) -> str:
+    """An exit status, or a signal's number below zero, in words."""
+    if code >= 0:
+        return f"ended with exit status {code}"
+    name = signal.Signals(-code).name
+    return f"was ended by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+
+
+def last_lines(log: Path, start: int) -> str:
+    """The end of a log, of what was written after `start`."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode("utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    name = f"{log.parent.name}/{log.name}"  # the run's folder has another name when it is complete
+    return "\n  ".join([f"last lines of {name}:", *lines]) if lines else f"{name} is empty"
 
 
 class WorkerProcess(Protocol):

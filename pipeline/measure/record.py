@@ -38,6 +38,11 @@ class Record:
             reason = f"it failed in launch {launch + 1}, after {rounds}: {reason}"
         self.failures[stage] = reason
 
+    def note(self, note: str) -> None:
+        """Add a note that may come with every launch: it is told once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
     def load_times(self, stages: Iterable[str]) -> dict[str, LoadTimes]:
         """Cold: the load for which the files had been dropped; warm: the median of the others."""
         found = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,8 @@ from pipeline.measure.budget import BLOCK_S, decode_steps, round_seconds
 from pipeline.measure.cold_load import ColdLoads, is_compiled
 from pipeline.measure.launches import Crew, Group, Launcher, Seat, seat_together, together_bytes
 from pipeline.measure.looks import LEAST_ROUNDS, MARGIN, LookPlan
-from pipeline.measure.process import StageToMeasure, StartWorker, Worker
+from pipeline.measure.nurseries import Nurseries
+from pipeline.measure.process import StageToMeasure, StartWorker
 from pipeline.measure.record import Record
 from pipeline.measure.samples import Sample, SpeedMeasurement
 from pipeline.measure.statistics import Verdict, compare_stages, decide
@@ -53,7 +55,7 @@ def measure_speed(
     pairs: Sequence[tuple[str, str]] = (),
     on_progress: Progress = lambda fraction, message: None,
     clock: Callable[[], float] = time.monotonic,
-    start_worker: StartWorker = Worker,
+    start_worker: StartWorker | None = None,
     available_bytes: int | None = None,
 ) -> SpeedMeasurement:
     """Measure every stage at every point of the workload, and how long each takes to load.
@@ -98,7 +100,7 @@ def measure_speed(
         record=record,
         on_progress=on_progress,
         clock=clock,
-        start_worker=start_worker,
+        begin_launch=lambda: Nurseries(record.note) if start_worker is None else nullcontext(start_worker),
     )
     return schedule.run()
 
@@ -118,7 +120,7 @@ class _Schedule:
     record: Record
     on_progress: Progress
     clock: Callable[[], float]
-    start_worker: StartWorker
+    begin_launch: Callable[[], AbstractContextManager[StartWorker]]
     plan: LookPlan | None = None
     fits: bool = True
     """Whether what is planned fits into the budget."""
@@ -141,19 +143,20 @@ class _Schedule:
             logs=self.logs,
             record=self.record,
             cold=ColdLoads({stage.name: stage.artifact for stage in self.stages}),
-            start_worker=self.start_worker,
+            begin_launch=self.begin_launch,
             clock=self.clock,
             tell=self._tell,
         )
 
     def run(self) -> SpeedMeasurement:
-        self._compile_those_that_share()
-        first, number = self._first_crew()
-        with first:
-            if first.workers:
-                self._plan(first)
-                self._measure(first, number)
-        self._cold_loads_left()
+        with self.launcher:
+            self._compile_those_that_share()
+            first, number = self._first_crew()
+            with first:
+                if first.workers:
+                    self._plan(first)
+                    self._measure(first, number)
+            self._cold_loads_left()
         self._note_what_is_missing()
         return self._result()
 

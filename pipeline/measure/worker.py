@@ -1,4 +1,4 @@
-"""The process that loads one artifact and runs it: `python -m pipeline.measure.worker`.
+"""The process that loads one artifact and runs it: `python -m pipeline.measure.worker`, or a nursery's fork.
 
 Requests come as JSON lines on standard input; each gets one JSON line, `{"ok": …}` or `{"error": …}`, on a private
 copy of standard output. Whatever libraries print goes to standard error, which the parent makes a log file. Between
@@ -79,10 +79,7 @@ class Session:
         return handlers[name](**fields)
 
     def _prepare(self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any]) -> dict[str, Any]:
-        execution = ExecutionSpec.model_validate(spec)
-        if execution.affinity is not None and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, execution.affinity)  # before any library starts its threads
-        _import_libraries(Artifact(Manifest.model_validate(manifest), Path(blobs)))
+        prepare(Artifact(Manifest.model_validate(manifest), Path(blobs)), ExecutionSpec.model_validate(spec))
         return {}
 
     def _load(self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +102,7 @@ class Session:
 
     def _forget_compiled(self, manifest: dict[str, Any], blobs: str, spec: dict[str, Any]) -> dict[str, Any]:
         artifact = Artifact(Manifest.model_validate(manifest), Path(blobs))
-        forget = _optional(artifact, "forget_compiled")
+        forget = optional(artifact, "forget_compiled")
         return {"forgotten": bool(forget and forget(artifact, ExecutionSpec.model_validate(spec)))}
 
     def _compile(self, shapes: list[list[int]], forward: list[list[int]] | None = None) -> dict[str, Any]:
@@ -151,14 +148,16 @@ class Session:
         return answer_layers(artifact, ExecutionSpec.model_validate(spec), LayersWork.model_validate(work))
 
 
-def _import_libraries(artifact: Artifact) -> None:
+def prepare(artifact: Artifact, spec: ExecutionSpec) -> None:
     """Have the runner import what it needs, where it says how, so that the load time does not count it."""
-    import_libraries = _optional(artifact, "import_libraries")
+    if spec.affinity is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, spec.affinity)  # before any library starts its threads
+    import_libraries = optional(artifact, "import_libraries")
     if import_libraries is not None:
         import_libraries(artifact)
 
 
-def _optional(artifact: Artifact, name: str) -> Callable[..., Any] | None:
+def optional(artifact: Artifact, name: str) -> Callable[..., Any] | None:
     """What the runner of the artifact's format offers by that name, if it does."""
     for point in entry_points(group=RUNNERS):
         if point.name == artifact.format:
