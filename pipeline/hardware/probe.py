@@ -184,7 +184,7 @@ def measure_in_worker(*, seconds: float = _MEASURING_S, threads: int | None = No
 
 def _worker_environment() -> dict[str, str]:
     """The environment in which the worker finds this very package, be it installed or in a checkout."""
-    environment = dict(os.environ)
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}  # importing onnxruntime would start its uploader
     here = str(Path(__file__).resolve().parents[2])
     if here not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         before = environment.get("PYTHONPATH")

@@ -44,7 +44,8 @@ class Nursery:
                 env=worker_environment(spec.threads),
                 start_new_session=True,
             )
-        self._send("import", description(artifact, spec))
+        plain = artifact.manifest.model_copy(update={"execution": {}})  # what compiles one is not the others' to hold
+        self._send("import", description(Artifact(plain, artifact.blobs), spec))
 
     @property
     def pid(self) -> int:

@@ -166,7 +166,8 @@ class _Schedule:
         """The first launch of the first group in which anything runs, and which one that is."""
         crew, number = Crew(0, ()), 0
         for number, group in enumerate(self.groups):
-            crew = self.launcher.start(group, 0, number=number, groups=len(self.groups))
+            launches = self.declared.looks[0].launches  # the plan is not known yet
+            crew = self.launcher.start(group, 0, number=number, groups=len(self.groups), launches=launches)
             if crew.workers:
                 break
         return crew, number
@@ -184,7 +185,7 @@ class _Schedule:
         self.round_s, self.launch_s = round_seconds(crew.estimates, self.steps) * groups, launch_s * groups
         left_s = PLANNED_SHARE * self.budget_s - self._spent() + launch_s  # the plan counts the launch that has begun
         plan = self._plan_within(left_s)
-        alone_s = self._cold_loads_after(plan) * launch_s / max(1, start_up.processes)
+        alone_s = self._cold_loads_after(plan) * (launch_s - start_up.warm_up_s) / max(1, start_up.processes)
         self.plan = self._plan_within(left_s - alone_s) if alone_s else plan
         self.fits = self._seconds(self.plan) <= left_s
         if self.plan.looks[0].rounds < self.declared.looks[0].rounds or not self.fits:
