@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from pipeline.artifact import Artifact
+from pipeline.divergences import find_divergences, references
 from pipeline.errors import PipelineError
 from pipeline.events import Events
 from pipeline.hardware.probe import BUSY_LOAD, Figure, cached_probe, probe, probe_folder, quick_bandwidth
 from pipeline.measure.effect import EFFECT_VERSION, Effect, compare_artifacts
-from pipeline.measure.layers import (
-    LAYERS_VERSION,
-    PASSAGE_TOKENS,
-    PASSAGES,
-    LayerDivergence,
-    measure_layers,
-)
+from pipeline.measure.judging import Judgement, judge
+from pipeline.measure.layers import LayerDivergence
+from pipeline.measure.nurseries import Nurseries
 from pipeline.measure.process import StageToMeasure
 from pipeline.measure.quality import (
     QUALITY_VERSION,
-    Judgement,
+    QualityMeasurement,
     QualityWorkload,
     StageQuality,
     fit_windows,
-    judge,
     measure_quality,
+    notes_on_text,
     seeded_tokens,
     tokenize,
 )
@@ -39,6 +34,7 @@ from pipeline.measure.work_counts import WORK_VERSION, Work, count_work, extent_
 from pipeline.measure.workload import Point, Workload
 from pipeline.plan import Plan, digest_of
 from pipeline.recipe import Recipe
+from pipeline.remembered import remembered
 from pipeline.runtime import ExecutionSpec, runner_version
 from pipeline.store import Store
 
@@ -101,16 +97,19 @@ class Evaluation:
         effects, failures = self._effects()
         unloadable = set(failures)
         baseline = self.recipe.evaluate.baseline
-        if baseline not in self.artifacts:
-            note = f"nothing was measured: the baseline {baseline} has no artifact"
+
+        def nothing(why: str) -> Measured:
             return Measured(
                 text_digest=text_digest,
                 effects=effects,
                 failures=failures,
                 unloadable=unloadable,
                 logs=self._logs(),
-                notes=(note,),
+                notes=(f"nothing was measured: the baseline {baseline} {why}",),
             )
+
+        if baseline not in self.artifacts:
+            return nothing("has no artifact")
         spec = ExecutionSpec(device=self.plan.hardware.device, threads=self.plan.threads)
         stages = [
             StageToMeasure(name, artifact, spec, memory_bytes=_memory_bytes(self.plan, name))
@@ -124,15 +123,7 @@ class Evaluation:
                 failures[stage.name] = str(error)
                 stages.remove(stage)
         if baseline in failures:
-            note = f"nothing was measured: the baseline {baseline} cannot be: {failures[baseline]}"
-            return Measured(
-                text_digest=text_digest,
-                effects=effects,
-                failures=failures,
-                unloadable=unloadable,
-                logs=self._logs(),
-                notes=(note,),
-            )
+            return nothing(f"cannot be: {failures[baseline]}")
         notes: list[str] = []
         timed = None
         work, uncounted = self._work(stages)
@@ -146,7 +137,7 @@ class Evaluation:
             notes += timed.notes
         else:
             notes.append("speed, load time and memory were not measured (--no-measure)")
-        quality = self._quality(stages, text_digest, known_only=not speed)
+        quality = self._quality(stages, known_only=not speed)
         notes += quality.notes
         if timed is not None:
             # those that did not load beside the others are loaded alone to be scored: what was scored did load
@@ -156,7 +147,7 @@ class Evaluation:
         if quality.problem is not None:
             failures = {stage.name: quality.problem for stage in stages} | failures
         judgements = self._judgements(quality.stages)
-        divergences, unseen = self._divergences(stages, judgements, text_digest, known_only=not speed)
+        divergences, unseen = self._divergences(stages, judgements, known_only=not speed)
         notes += unseen
         return Measured(
             text_digest=text_digest,
@@ -179,78 +170,76 @@ class Evaluation:
 
     def _effects(self) -> tuple[dict[str, Effect], dict[str, str]]:
         """(effects, why a stage's artifact cannot be read)."""
-        pairs = [
-            (stage.name, self.artifacts[stage.parent], self.artifacts[stage.name])
+        pairs = {
+            stage.name: (self.artifacts[stage.parent], self.artifacts[stage.name])
             for stage in self.plan.stages
             if stage.parent is not None and stage.parent in self.artifacts and stage.name in self.artifacts
-        ]
-        found: dict[str, Effect] = {}
+        }
+        device = self.plan.hardware.device
         failures: dict[str, str] = {}
-        for name, before, after in pairs:
-            device = self.plan.hardware.device
-            key = digest_of(
-                {"effect": EFFECT_VERSION, "before": before.digest, "after": after.digest, "device": device}
-            )
-            if (known := _remembered(Effect, self.store, key)) is not None:
-                found[name] = known
-                continue
-            try:
-                found[name] = compare_artifacts(before, after, device=device)
-            except Exception as error:  # a pass can yield anything; what cannot be read fails its stage and no other
-                failures[name] = f"its artifact cannot be read: {type(error).__name__}: {error}"
-                continue
-            self.store.put_measurement(key, found[name].model_dump(mode="json"))
-        return found, failures
 
-    def _quality(self, stages: list[StageToMeasure], text_digest: str, *, known_only: bool) -> _Quality:
+        def compare(names: list[str]) -> Iterator[tuple[str, Effect]]:
+            for name in names:
+                try:
+                    effect = compare_artifacts(*pairs[name], device=device)
+                except Exception as error:  # a pass can yield anything; what cannot be read fails its stage alone
+                    failures[name] = f"its artifact cannot be read: {type(error).__name__}: {error}"
+                    continue
+                yield name, effect
+
+        identities = {
+            name: {"effect": EFFECT_VERSION, "before": before.digest, "after": after.digest, "device": device}
+            for name, (before, after) in pairs.items()
+        }
+        return remembered(self.store, Effect, identities, compare), failures
+
+    def _quality(self, stages: list[StageToMeasure], *, known_only: bool) -> _Quality:
         """Only stages that the store does not know are scored, beside the baseline."""
         wanted = self.recipe.evaluate.quality
         asked_for = QualityWorkload(window=wanted.window, stride=wanted.stride, tokens=wanted.tokens)
         workload, notes = fit_windows(asked_for, [stage.artifact for stage in stages])
         baseline = next(s for s in stages if s.name == self.recipe.evaluate.baseline)
-        random_weights = self._token_seed
-        scored_text = self._scored_text(text_digest)
+        measured = QualityMeasurement(stages={})
+        problem: str | None = None
 
-        def key(stage: StageToMeasure) -> str:
-            return digest_of(
-                {
-                    "version": QUALITY_VERSION,
-                    "quality": [s.artifact.digest for s in (stage, baseline)],
-                    "runners": [runner_version(s.artifact.format) for s in (stage, baseline)],
-                    "text": scored_text,
-                    "workload": workload.model_dump(),
-                    "host": self.plan.host.facets(),
-                    "device": self.plan.hardware.device,
-                    "threads": self.plan.threads,
-                }
-            )
+        def identity(stage: StageToMeasure) -> dict[str, Any]:
+            return {
+                "version": QUALITY_VERSION,
+                # a stage may be the baseline's very artifact: that one has a comparison, and the baseline none
+                "role": "baseline" if stage is baseline else "stage",
+                "quality": [s.artifact.digest for s in (stage, baseline)],
+                "runners": [runner_version(s.artifact.format) for s in (stage, baseline)],
+                "workload": workload.model_dump(),
+                **self._circumstances(),
+            }
 
-        found = {s.name: _remembered(StageQuality, self.store, key(s)) for s in stages}
-        known = {name: quality for name, quality in found.items() if quality is not None}
-        unknown = [s for s in stages if s.name not in known]
-        if known_only or not unknown:
-            return _Quality(stages=known, notes=notes)
-        scored = unknown if baseline in unknown else [baseline, *unknown]
-        try:
-            measured = measure_quality(
-                scored,
-                baseline=baseline.name,
-                text=self.text,
-                logs=self.logs,
-                workload=workload,
-                random_weights=random_weights,
-                on_progress=lambda fraction, message: self.events.measuring(f"quality, {message}"),
-            )
-        except PipelineError as error:  # a text or a tokenizer that does not do: speed can still be measured
-            return _Quality(stages=known, notes=notes, problem=f"quality was not measured: {error}")
-        for stage in scored:
-            if stage.name in measured.stages:
-                self.store.put_measurement(key(stage), measured.stages[stage.name].model_dump(mode="json"))
+        def score(names: list[str]) -> Iterable[tuple[str, StageQuality]]:
+            nonlocal measured, problem
+            try:
+                with Nurseries() as start_worker:
+                    measured = measure_quality(
+                        [stage for stage in stages if stage is baseline or stage.name in names],
+                        baseline=baseline.name,
+                        text=self.text,
+                        logs=self.logs,
+                        workload=workload,
+                        random_weights=self._token_seed,
+                        on_progress=lambda fraction, message: self.events.measuring(f"quality, {message}"),
+                        start_worker=start_worker,
+                    )
+            except PipelineError as error:  # a text or a tokenizer that does not do: speed can still be measured
+                problem = f"quality was not measured: {error}"
+            return [(name, measured.stages[name]) for name in names if name in measured.stages]
+
+        found = remembered(
+            self.store, StageQuality, {s.name: identity(s) for s in stages}, None if known_only else score
+        )
         return _Quality(
-            stages={**known, **measured.stages},
+            stages=found,
             failures=measured.failures,
             unloadable=set(measured.unloadable),
-            notes=(*notes, *measured.notes),
+            notes=(*notes, *measured.notes, *notes_on_text(found.values(), workload)),
+            problem=problem,
         )
 
     @property
@@ -258,66 +247,37 @@ class Evaluation:
         """No text is likelier than another to a model with random weights: it scores tokens drawn from this seed."""
         return self.recipe.seed if self.recipe.model.architecture is not None else None
 
-    def _scored_text(self, text_digest: str) -> str:
-        """What tells the scored tokens from others, for the keys of what is remembered."""
-        return text_digest if self._token_seed is None else f"tokens drawn from seed {self._token_seed}"
+    def _circumstances(self) -> dict[str, Any]:
+        """What predictions depend on beside the artifacts and the runners, for the keys of what is remembered."""
+        seed = self._token_seed
+        return {
+            "text": digest_of(self.text) if seed is None else f"tokens drawn from seed {seed}",
+            "host": self.plan.host.facets(),
+            "device": self.plan.hardware.device,
+            "threads": self.plan.threads,
+        }
 
     def _divergences(
-        self,
-        stages: Sequence[StageToMeasure],
-        judgements: Mapping[str, Judgement],
-        text_digest: str,
-        *,
-        known_only: bool,
+        self, stages: Sequence[StageToMeasure], judgements: Mapping[str, Judgement], *, known_only: bool
     ) -> tuple[dict[str, LayerDivergence], list[str]]:
-        """(where the quality of worse stages fell, notes of why that is not known of others).
-
-        A stage is compared with its parent, where that is as good as the baseline, else with the baseline.
-        """
+        """(where the quality of worse stages fell, notes of why that is not known of others)."""
         loaded = {stage.name: stage for stage in stages}
         baseline = self.recipe.evaluate.baseline
-        good = {name for name, found in judgements.items() if found.verdict in {"identical", "equivalent"}} | {baseline}
         parents = {planned.name: planned.parent for planned in self.plan.stages}
-        found: dict[str, LayerDivergence] = {}
-        unknown: dict[str, tuple[StageToMeasure, StageToMeasure]] = {}
-        keys: dict[str, str] = {}
-        for name, judged in judgements.items():
-            if judged.verdict not in {"degraded", "broken"}:
-                continue
-            parent = parents.get(name)
-            pair = loaded[name], loaded[parent if parent in good and parent in loaded else baseline]
-            keys[name] = digest_of(
-                {
-                    "version": LAYERS_VERSION,
-                    "layers": [s.artifact.digest for s in pair],
-                    "runners": [runner_version(s.artifact.format) for s in pair],
-                    "text": self._scored_text(text_digest),
-                    "host": self.plan.host.facets(),
-                    "device": self.plan.hardware.device,
-                    "threads": self.plan.threads,
-                }
-            )
-            known = _remembered(LayerDivergence, self.store, keys[name])
-            if known is not None:
-                found[name] = known.model_copy(update={"reference": pair[1].name})
-            else:
-                unknown[name] = pair
-        if known_only or not unknown:
-            return found, []
-        source = loaded[baseline].artifact
-        limit = PASSAGES * PASSAGE_TOKENS
-        measured = measure_layers(
-            list(unknown.values()),
-            ids=tokenize(source, self.text, limit=limit)
-            if self._token_seed is None
-            else seeded_tokens(source, limit, self._token_seed),
+
+        def tokens(limit: int) -> list[int]:
+            source, seed = loaded[baseline].artifact, self._token_seed
+            return tokenize(source, self.text, limit=limit) if seed is None else seeded_tokens(source, limit, seed)
+
+        return find_divergences(
+            {name: (loaded[name], loaded[r]) for name, r in references(judgements, parents, loaded, baseline).items()},
+            store=self.store,
+            circumstances=self._circumstances(),
+            tokens=tokens,
             logs=self.logs,
-            on_progress=lambda message: self.events.measuring(f"where quality fell, {message}"),
+            events=self.events,
+            known_only=known_only,
         )
-        for name, divergence in measured.stages.items():
-            self.store.put_measurement(keys[name], divergence.model_dump(mode="json"))
-        notes = [f"at which layer the quality of {n} fell is not known: {why}" for n, why in measured.reasons.items()]
-        return {**found, **measured.stages}, notes
 
     def _judgements(self, quality: Mapping[str, StageQuality]) -> dict[str, Judgement]:
         """By the thresholds of this recipe, whenever the figures were found."""
@@ -329,40 +289,42 @@ class Evaluation:
             if found.vs_baseline is not None
         }
 
-    def _workload(self) -> Workload:
-        wanted = self.recipe.evaluate.workload
-        return Workload(
-            prompt_lengths=tuple(wanted.prompt_lengths),
-            new_tokens=tuple(wanted.new_token_counts),
-            batch_sizes=tuple(wanted.batch_sizes),
-            forward=None if wanted.forward is None else tuple((b, length) for b, length in wanted.forward),
-        )
-
     def _work(self, stages: list[StageToMeasure]) -> tuple[dict[str, dict[Point, Work]], list[str]]:
         """(by stage, what each workload point asks of a machine; why that is not known of some)."""
-        device = self.plan.hardware.device
+        points = list(Workload.of(self.recipe.evaluate.workload).points())
         found: dict[str, dict[Point, Work]] = {}
         problems: list[str] = []
         for stage in stages:
-            digest = stage.artifact.digest
-            for point in self._workload().points():
-                extent = extent_of(point)
-                key = digest_of({"work": WORK_VERSION, "of": digest, "extent": extent, "device": device})
-                work = _remembered(Work, self.store, key)
-                if work is None:
-                    try:
-                        work = count_work(stage.artifact, extent, device=device)
-                    except Exception as error:  # a graph can be anything; it runs or fails without being counted
-                        problems.append(f"the work of {stage.name} was not counted: {type(error).__name__}: {error}")
-                        break
-                    if work is None:
-                        break
-                    self.store.put_measurement(key, work.model_dump(mode="json"))
-                found.setdefault(stage.name, {})[point] = work
-            left = {name for work in found.get(stage.name, {}).values() for name in work.uncounted}
+            work, problem = self._work_of(stage, points)
+            if work:
+                found[stage.name] = work
+            left = {name for one in work.values() for name in one.uncounted}
             if left:
                 problems.append(f"the operations of {stage.name} are not all counted: {', '.join(sorted(left))}")
+            problems += problem
         return found, problems
+
+    def _work_of(self, stage: StageToMeasure, points: Sequence[Point]) -> tuple[dict[Point, Work], list[str]]:
+        """(what each point asks of a machine, why that is not known of some), up to the first that is not counted."""
+        device = self.plan.hardware.device
+        problems: list[str] = []
+
+        def count(unknown: list[Point]) -> Iterator[tuple[Point, Work]]:
+            for point in unknown:
+                try:
+                    work = count_work(stage.artifact, extent_of(point), device=device)
+                except Exception as error:  # a graph can be anything; it runs or fails without being counted
+                    problems.append(f"the work of {stage.name} was not counted: {type(error).__name__}: {error}")
+                    return
+                if work is None:
+                    return
+                yield point, work
+
+        identities = {
+            point: {"work": WORK_VERSION, "of": stage.artifact.digest, "extent": extent_of(point), "device": device}
+            for point in points
+        }
+        return remembered(self.store, Work, identities, count), problems
 
     def _bandwidth(self) -> tuple[Figure, ...]:
         """What the host's memory delivers right now, where the stages run on the host's processor."""
@@ -374,7 +336,7 @@ class Evaluation:
         self._probe()
         return measure_speed(
             stages,
-            self._workload(),
+            Workload.of(self.recipe.evaluate.workload),
             baseline=self.recipe.evaluate.baseline,
             budget_s=self.recipe.evaluate.budget_s,
             looks=self.recipe.evaluate.looks,
@@ -411,15 +373,3 @@ def _memory_bytes(plan: Plan, name: str) -> int | None:
     if predicted is None or predicted.inference_bytes is None:
         return None
     return predicted.inference_bytes + (predicted.mapped_bytes or 0)
-
-
-Remembered = TypeVar("Remembered", bound=BaseModel)
-
-
-def _remembered(model: type[Remembered], store: Store, key: str) -> Remembered | None:
-    """The result under `key`; None where there is none, or one that another version wrote."""
-    found = store.measurement(key)
-    try:
-        return None if found is None else model.model_validate(found)
-    except ValidationError:
-        return None

@@ -18,7 +18,7 @@ FLOORS = [
     ["recipe", "measure", "passes_catalogue", "starter"],
     ["plan"],
     ["execute", "resolve", "why"],
-    ["events", "evaluate"],
+    ["events", "evaluate", "divergences", "remembered"],
     ["report"],
     ["run_folder", "ablation"],
     ["run", "reproduce", "diff", "diff_page"],

@@ -26,7 +26,7 @@ from pipeline.runtime.layer_outputs import EMBEDDING, HEAD, LayerOutputs, Place,
 if TYPE_CHECKING:
     import numpy as np
 
-LAYERS_VERSION = 1
+LAYERS_VERSION = 2
 """Enters the key of cached results: raised when the same two artifacts would compare otherwise."""
 
 PASSAGE_TOKENS = 64
@@ -100,15 +100,18 @@ def measure_layers(
 ) -> LayersMeasurement:
     """Compare stages with their references, given as (stage, reference), on the tokens `ids`.
 
-    Every reference runs once, whatever number of stages it is that of. A stage that cannot be compared has a reason.
+    Passages are as long as both of a pair take, whatever others take, so that what is found of it depends on the two
+    alone. Every reference runs once for all stages that have it and the same passages. A stage that cannot be compared
+    has a reason.
     """
     import numpy as np
 
     found: dict[str, LayerDivergence] = {}
     reasons: dict[str, str] = {}
-    references = {reference.name: reference for _, reference in pairs}
-    length = min(passage_length([stage.artifact for pair in pairs for stage in pair]), len(ids))
-    passages = min(PASSAGES, len(ids) // length)
+    references: dict[tuple[str, int], tuple[StageToMeasure, list[StageToMeasure]]] = {}
+    for stage, reference in pairs:
+        length = min(passage_length([stage.artifact, reference.artifact]), len(ids))
+        references.setdefault((reference.name, length), (reference, []))[1].append(stage)
 
     def ask(stage: StageToMeasure, work: LayersWork) -> dict[str, Any]:
         on_progress(f"layers of {stage.name}")
@@ -119,8 +122,8 @@ def measure_layers(
         finally:
             worker.close()
 
-    for name, reference in references.items():
-        own = [stage for stage, other in pairs if other.name == name]
+    for (name, length), (reference, own) in references.items():
+        passages = min(PASSAGES, len(ids) // length)
         with tempfile.TemporaryDirectory(prefix="layers-") as folder:
             tokens = Path(folder) / "tokens.npy"
             np.save(tokens, np.array(ids[: passages * length], np.int64).reshape(passages, length))
@@ -315,12 +318,14 @@ def _size(error: float | None) -> float:
 
 
 def _by_token(difference: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Norm of the difference over the norm of the reference's, [S]; 0 where both are."""
+    """Norm of the difference over the norm of the reference's, [S]; 0 where both are.
+
+    Where the reference is zero and the other is not, the whole of it is error: 1.
+    """
     import numpy as np
 
     apart, size = np.linalg.norm(difference, axis=1), np.linalg.norm(expected, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio: np.ndarray = np.where(apart == 0.0, 0.0, apart / size)
+    ratio: np.ndarray = apart / np.where(size == 0.0, np.where(apart == 0.0, 1.0, apart), size)
     return ratio
 
 

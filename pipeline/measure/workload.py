@@ -12,6 +12,8 @@ from pipeline.artifact import Frozen
 if TYPE_CHECKING:
     import numpy as np
 
+    from pipeline.recipe import schema
+
 Kind = Literal["prefill", "decode", "forward"]
 
 
@@ -54,6 +56,16 @@ class Workload(Frozen):
     new_tokens: tuple[int, ...] = (64,)
     batch_sizes: tuple[int, ...] = (1,)
     forward: tuple[tuple[int, int], ...] | None = None
+
+    @classmethod
+    def of(cls, recipe: schema.Workload) -> Workload:
+        """The workload that a recipe's `evaluate.workload` asks for."""
+        return cls(
+            prompt_lengths=tuple(recipe.prompt_lengths),
+            new_tokens=tuple(recipe.new_token_counts),
+            batch_sizes=tuple(recipe.batch_sizes),
+            forward=None if recipe.forward is None else tuple((batch, length) for batch, length in recipe.forward),
+        )
 
     def points(self) -> Iterator[Point]:
         for batch, length in self.forward or ():

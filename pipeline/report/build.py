@@ -13,8 +13,9 @@ from pipeline.evaluate import Measured
 from pipeline.execute import StageResult
 from pipeline.hardware.probe import Figure, ProbeResult, cached_probe, probe_folder
 from pipeline.measure.effect import Effect, with_rules
+from pipeline.measure.judging import Judgement
 from pipeline.measure.layers import LayerDivergence
-from pipeline.measure.quality import Judgement, StageQuality
+from pipeline.measure.quality import StageQuality
 from pipeline.measure.roofline import Ceilings, Subject, Timing, host_ceilings, rooflines, target_ceilings
 from pipeline.measure.samples import LoadTimes, SpeedMeasurement
 from pipeline.measure.statistics import NoiseFloor as MeasuredFloor

@@ -233,6 +233,20 @@ def test_a_reference_runs_once_for_all_its_stages(
     assert set(found.stages) == {"broken", "int4"}
 
 
+def test_what_is_found_of_a_pair_does_not_depend_on_who_is_compared_beside_it(
+    exported: Artifact, broken: Artifact, first_int4: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interface = first_int4.interface.model_copy(update={"max_length": 8})
+    short = Artifact(first_int4.manifest.model_copy(update={"interface": interface}), first_int4.blobs)
+    reference = stage("reference", exported)
+    monkeypatch.setattr(InProcess, "asked", [])
+    pairs = [(stage("stage", broken), reference), (stage("short", short), reference)]
+    found = measure_layers(pairs, ids=IDS, logs=Path("logs"), start_worker=InProcess)
+    assert found.stages["stage"] == compare(broken, exported).stages["stage"]
+    assert found.stages["short"].tokens == layers.PASSAGES * 8
+    assert InProcess.asked[:4] == ["reference", "stage", "reference", "short"]
+
+
 def test_what_the_reference_leaves_on_disk_is_capped(
     exported: Artifact, broken: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +310,15 @@ def test_real_workers_compare_in_processes_of_their_own(exported: Artifact, brok
     found = measure_layers([pair], ids=IDS, logs=tmp_path)
     assert found.reasons == {}
     assert found.stages["broken"].first == "layer 1"
+
+
+def test_a_token_whose_reference_is_zero_is_wholly_wrong_and_still_a_number() -> None:
+    difference, expected = (
+        np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 5.0]]),
+        np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 10.0]]),
+    )
+    assert layers._by_token(difference, expected).tolist() == [1.0, 0.0, 0.5]
+    assert np.isnan(layers._by_token(np.array([[np.nan, 1.0]]), np.zeros((1, 2)))).all()
 
 
 # Which layer is first, and which most

@@ -17,7 +17,8 @@ from pipeline.artifact import Artifact, Interface, Manifest
 from pipeline.errors import PipelineError
 from pipeline.execute import StageResult, execute
 from pipeline.hardware import describe_host, load_profile
-from pipeline.measure.quality import QualityFigures, RatioInterval, judge, seeded_tokens
+from pipeline.measure.judging import judge
+from pipeline.measure.quality import QualityFigures, RatioInterval, seeded_tokens
 from pipeline.models import find_source, source_artifact
 from pipeline.models.random_weights import build_config, draw_model
 from pipeline.plan import Plan, make_plan
