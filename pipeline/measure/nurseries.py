@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.artifact import Artifact
-from pipeline.errors import PipelineError
+from pipeline.errors import StageError
 from pipeline.measure.process import Worker, WorkerDiedError, description, how_it_ended, kill_group, last_lines
 from pipeline.parent import adopting_orphans, worker_environment
 from pipeline.runtime import ExecutionSpec
@@ -32,6 +32,7 @@ class Nursery:
         self._note = note
         self._fit = True
         self._importing = True
+        self._waiting: list[Callable[[], None]] = []
         ours, theirs = socket.socketpair()
         self._channel, self._answers = ours, ours.makefile("rb")
         with theirs, log.open("ab") as sink:
@@ -63,10 +64,21 @@ class Nursery:
                 self._note(f"each process of {self.format} imported its libraries anew: {unfit}")
         return self._fit
 
+    def wait_for(self, begin: Callable[[], None]) -> None:
+        """Have `begin` called when it has imported, if somebody waits for that."""
+        self._waiting.append(begin)
+
+    def begin_those_that_wait(self) -> None:
+        """Begin the workers that wait for it, so that they go on side by side. What fails, its worker tries again."""
+        waiting, self._waiting = self._waiting, []
+        for begin in waiting:
+            with suppress(StageError):
+                begin()
+
     def fork(self, log: Path) -> Fork:
         """A new worker, whose standard error is the end of `log`.
 
-        Raises: PipelineError where there is no room for another process; WorkerDiedError where the nursery ends.
+        Raises: StageError where there is no room for another process; WorkerDiedError where the nursery ends.
         """
         with ExitStack() as theirs:
             requests, stdin = os.pipe()
@@ -105,7 +117,7 @@ class Nursery:
             )
         answer = json.loads(line)
         if "error" in answer:
-            raise PipelineError(answer["error"])
+            raise StageError(answer["error"])
         result: dict[str, Any] = answer["ok"]
         return result
 
@@ -168,16 +180,29 @@ class ForkedWorker(Worker):
             nursery = self._nursery(artifact, self._spec, self.log.parent)
             if nursery is not None:
                 self._expected = nursery, artifact
+                nursery.wait_for(self._begin_prepared)
                 return
             self._process = self._execute()
         super().prepare(artifact)
 
     def wait_until_prepared(self) -> None:
         if self._expected is not None:
-            (nursery, artifact), self._expected = self._expected, None
-            self._process = nursery.fork(self.log) if nursery.is_fit() else self._execute()
-            super().prepare(artifact)
+            self._expected[0].begin_those_that_wait()
+        self._begin_prepared()
         super().wait_until_prepared()
+
+    def _begin_prepared(self) -> None:
+        """Start the process, where that is still to be done, and have it import what its artifact needs besides."""
+        if self._expected is None:
+            return
+        nursery, artifact = self._expected
+        self._process = nursery.fork(self.log) if nursery.is_fit() else self._execute()
+        self._expected = None
+        super().prepare(artifact)
+
+    def close(self) -> None:
+        self._expected = None
+        super().close()
 
     def load(self, artifact: Artifact) -> dict[str, Any]:
         if self._process is None and self._expected is None:
