@@ -18,6 +18,7 @@ from pipeline.store import Store
 # Two test processes share two cores: threads that spin while they wait for each other would take them from the other's.
 # Read when the library loads, which no test module does before this one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 settings.register_profile("patient", deadline=None)  # a busy machine makes no test wrong
 settings.load_profile("patient")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,6 +60,8 @@ class OnnxRuntimeRunner:
     version: ClassVar[str] = f"2 onnxruntime {_installed()}"
 
     def __init__(self, artifact: Artifact, spec: ExecutionSpec) -> None:
+        # importing ONNX Runtime starts a thread that sends usage data, unless this is set or it is imported already
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime as ort
 
         provider = _provider(spec)

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,3 +254,19 @@ def test_on_cuda_the_logits_are_the_same(artifact: Artifact) -> None:
     runner = OnnxRuntimeRunner(artifact, ExecutionSpec(device="cuda"))
     np.testing.assert_allclose(runner.prefill(TOKENS[:, :19]), EXPECTED[:, 18], atol=1e-2)
     np.testing.assert_allclose(runner.decode(TOKENS[:, 19:]), EXPECTED[:, 19], atol=1e-2)
+
+
+def test_loading_a_model_starts_no_telemetry(artifact: Artifact) -> None:
+    """Importing ONNX Runtime starts a thread that sends usage data; a runner turns that off beforehand."""
+    code = f"""
+import os, sys
+from pathlib import Path
+from pipeline.artifact import Artifact, Manifest
+from pipeline.runtime import ExecutionSpec, load_runner
+manifest = Manifest.model_validate_json({artifact.manifest.model_dump_json()!r})
+load_runner(Artifact(manifest, Path({str(artifact.blobs)!r})), ExecutionSpec(threads=1))
+print(os.environ["ORT_DISABLE_TELEMETRY"], len(os.listdir("/proc/self/task")))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["1", "1"], done.stderr
