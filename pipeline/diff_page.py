@@ -51,6 +51,8 @@ def diff_as_html(diff: Diff) -> str:
     table = f"<div class='panel'><table>{rows}</table></div>" if rows else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{first} → {second}</title><style>{REPORT_STYLE.read_text(encoding='utf-8')}\n{STYLE}\n"
@@ -67,6 +69,8 @@ def headline(diff: Diff) -> str:
     effect = diff.effect
     if diff.equal:
         return "They do not differ, but perhaps in names and in where their bytes lie."
+    if diff.other_weights_stored:
+        return "The same graph with the same weights; one keeps weights that no node reads, or some twice."
     if effect.kind == "conversion":
         return f"Another format: {diff.formats[0]} became {diff.formats[1]}."
     if effect.kind == "weights" and effect.weights_quantized:

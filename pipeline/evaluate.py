@@ -12,7 +12,7 @@ from pipeline.divergences import find_divergences, references
 from pipeline.errors import PipelineError
 from pipeline.events import Events
 from pipeline.hardware.probe import BUSY_LOAD, Figure, cached_probe, probe, probe_folder, quick_bandwidth
-from pipeline.measure.effect import EFFECT_VERSION, Effect, compare_artifacts
+from pipeline.measure.effect import EFFECT_VERSION, ComparisonError, Effect, compare_artifacts
 from pipeline.measure.judging import Judgement, judge
 from pipeline.measure.layers import LayerDivergence
 from pipeline.measure.nurseries import Nurseries
@@ -30,6 +30,7 @@ from pipeline.measure.quality import (
 )
 from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
+from pipeline.measure.visible import visible
 from pipeline.measure.work_counts import WORK_VERSION, Work, count_work, extent_of
 from pipeline.measure.workload import Point, Workload
 from pipeline.plan import Plan, digest_of
@@ -94,7 +95,7 @@ class Evaluation:
     def evaluate(self, *, speed: bool) -> Measured:
         """Effects, quality and, where asked for, speed. Without speed, only what the store remembers of quality."""
         text_digest = digest_of(self.text)
-        effects, failures = self._effects()
+        effects, failures, incomparable = self._effects()
         unloadable = set(failures)
         baseline = self.recipe.evaluate.baseline
 
@@ -105,7 +106,7 @@ class Evaluation:
                 failures=failures,
                 unloadable=unloadable,
                 logs=self._logs(),
-                notes=(f"nothing was measured: the baseline {baseline} {why}",),
+                notes=(*incomparable, f"nothing was measured: the baseline {baseline} {why}"),
             )
 
         if baseline not in self.artifacts:
@@ -124,7 +125,7 @@ class Evaluation:
                 stages.remove(stage)
         if baseline in failures:
             return nothing(f"cannot be: {failures[baseline]}")
-        notes: list[str] = []
+        notes = list(incomparable)
         timed = None
         work, uncounted = self._work(stages)
         notes += uncounted
@@ -168,8 +169,8 @@ class Evaluation:
         names = [name for name in self.artifacts if (self.logs / f"{name}.log").is_file()]
         return {name: f"{self.logs.name}/{name}.log" for name in names}
 
-    def _effects(self) -> tuple[dict[str, Effect], dict[str, str]]:
-        """(effects, why a stage's artifact cannot be read)."""
+    def _effects(self) -> tuple[dict[str, Effect], dict[str, str], list[str]]:
+        """(effects, why a stage's artifact cannot be read, notes of why what others changed is not known)."""
         pairs = {
             stage.name: (self.artifacts[stage.parent], self.artifacts[stage.name])
             for stage in self.plan.stages
@@ -177,13 +178,17 @@ class Evaluation:
         }
         device = self.plan.hardware.device
         failures: dict[str, str] = {}
+        notes: list[str] = []
 
         def compare(names: list[str]) -> Iterator[tuple[str, Effect]]:
             for name in names:
                 try:
                     effect = compare_artifacts(*pairs[name], device=device)
+                except ComparisonError as error:  # it may run all the same
+                    notes.append(f"what {name} changed is not known: {error}")
+                    continue
                 except Exception as error:  # a pass can yield anything; what cannot be read fails its stage alone
-                    failures[name] = f"its artifact cannot be read: {type(error).__name__}: {error}"
+                    failures[name] = visible(f"its artifact cannot be read: {type(error).__name__}: {error}")
                     continue
                 yield name, effect
 
@@ -191,7 +196,7 @@ class Evaluation:
             name: {"effect": EFFECT_VERSION, "before": before.digest, "after": after.digest, "device": device}
             for name, (before, after) in pairs.items()
         }
-        return remembered(self.store, Effect, identities, compare), failures
+        return remembered(self.store, Effect, identities, compare), failures, notes
 
     def _quality(self, stages: list[StageToMeasure], *, known_only: bool) -> _Quality:
         """Only stages that the store does not know are scored, beside the baseline."""

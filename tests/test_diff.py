@@ -14,7 +14,7 @@ import pytest
 from pipeline.artifact import Artifact
 from pipeline.diff import Diff, Group, diff_stages
 from pipeline.diff_page import diff_as_html, diff_as_text, facts, headline, places_in_words
-from pipeline.errors import RecipeError
+from pipeline.errors import PipelineError, RecipeError
 from pipeline.report.folder import REPORT
 from pipeline.report.schema import ArtifactFacts, Lock, Report, StageReport
 from pipeline.store import Store
@@ -231,6 +231,65 @@ def test_the_page_needs_nothing_else_and_escapes_what_is_not_ours(house: House) 
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert not re.search("https?:", page)
+
+
+def test_the_page_runs_and_loads_nothing(house: House) -> None:
+    page = diff_as_html(house.diff("first", "longer"))
+    assert (
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'" in page
+    )
+
+
+def test_control_characters_are_made_visible_wherever_they_come_from(house: House) -> None:
+    first = house.stages["first"]
+    assert first is not None
+    manifest = first.manifest.model_copy(
+        update={"execution": {"\x1b[2J": "\x9b31m"}, "transforms": ({"transform": "\x07"},)}
+    )
+    house.publish("evil", Artifact(manifest, first.blobs))
+    house.write()
+    text = diff_as_text(house.diff("first", "evil"))
+    assert r"execution.\x1b[2J" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+
+
+def test_weights_that_were_copied_elsewhere_are_no_new_bytes(house: House) -> None:
+    house.publish("moved", tiny_models.onnx_artifact(house.folder / "moved", shift=4096))
+    house.write()
+    found = house.diff("first", "moved")
+    assert (found.effect.kind, found.weights, found.equal) == ("none", (0, 3), True)
+    assert house.diff("longer", "moved").weights == (0, 3)
+
+
+def test_a_weight_that_no_node_reads_makes_a_difference_of_size_alone(house: House) -> None:
+    first = house.stages["first"]
+    assert first is not None
+    unread = first.component.tensors["head"].model_copy(update={"offset": 8, "length": 1600, "shape": (400,)})
+    tensors = {**first.component.tensors, "unread": unread}
+    component = first.component.model_copy(update={"tensors": tensors})
+    more = Artifact(first.manifest.model_copy(update={"components": {"model": component}}), first.blobs)
+    house.publish("more", more)
+    house.write()
+    found = house.diff("first", "more")
+    assert (found.effect.kind, found.equal) == ("none", False)
+    assert headline(found).startswith("The same graph with the same weights; one keeps weights that no node reads")
+    assert "weights" in told(found)
+
+
+def test_what_cannot_be_compared_is_an_error_without_a_traceback(house: House) -> None:
+    first = house.stages["first"]
+    assert first is not None
+    (house.folder / "garbage.onnx").write_bytes(b"\xffno graph")
+    files = {**first.component.files, "model.onnx": tiny_models.entry_of(house.folder / "garbage.onnx")}
+    component = first.component.model_copy(update={"files": files})
+    house.publish(
+        "garbage", Artifact(first.manifest.model_copy(update={"components": {"model": component}}), first.blobs)
+    )
+    house.write()
+    with pytest.raises(PipelineError, match="first and garbage cannot be compared: "):
+        house.diff("first", "garbage")
+    with pytest.raises(PipelineError, match="garbage and first cannot be compared: "):
+        house.diff("garbage", "first")
 
 
 @pytest.mark.parametrize(

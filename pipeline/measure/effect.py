@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.artifact import Artifact
+from pipeline.errors import PipelineError
 from pipeline.measure import torch_effect
+from pipeline.measure.changed_weights import weights_changed
 from pipeline.measure.fingerprint import Place, graph_fingerprint
 from pipeline.measure.graph_changes import GraphChanges, changes_of, operator_of, region
 from pipeline.measure.graph_weights import data_types, newly_quantized, nodes_in, parameters
 from pipeline.measure.slow_kernels import slow_nodes
+from pipeline.measure.visible import visible
+from pipeline.measure.weight_contents import Contents, contents_of
 from pipeline.report.schema import Effect, Region
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-EFFECT_VERSION = 5
+EFFECT_VERSION = 6
 """Enters the key of cached effects: raised when the same two artifacts would compare otherwise."""
 
-__all__ = ["EFFECT_VERSION", "Effect", "compare_artifacts", "graph_fingerprint", "region_of", "with_rules"]
+__all__ = ["EFFECT_VERSION", "ComparisonError", "Effect", "compare_artifacts", "graph_fingerprint", "with_rules"]
 
 
-def compare_artifacts(before: Artifact, after: Artifact, *, device: str = "cpu") -> Effect:
+class ComparisonError(PipelineError):
+    """Two artifacts cannot be compared; that says nothing against the second."""
+
+
+def compare_artifacts(
+    before: Artifact, after: Artifact, *, device: str = "cpu", contents: Contents | None = None
+) -> Effect:
     """What `after` changed with respect to its parent `before`; `device` is where it is to run.
 
     The kind is the most far-reaching that applies: conversion (another format), weights (other values or data types of
-    weights, quantized products among them), graph (other operators, attributes, edges or inputs; for torch another
-    configuration or other module transforms), execution (only how a runner is to load it), none.
+    weights, quantized products among them, whatever else changed), graph (other operators, attributes, edges or
+    inputs; for torch another configuration or other module transforms), execution (only how a runner is to load it),
+    none.
 
-    Graphs are loaded; the bytes of weights are read only where the structures are equal and the weights lie in
-    different places.
+    Graphs are loaded; the bytes of weights are read only where they lie in different places (see `contents_of`, whose
+    result may be given). Raises: ComparisonError where `before` cannot be read, or the comparison failed; what reading
+    `after` raises.
     """
-    graphs_before, graphs_after = graphs_of(before), graphs_of(after)
+    graphs_after = graphs_of(after)
+    try:
+        return _compare(before, after, graphs_of(before), graphs_after, device=device, contents=contents)
+    except Exception as error:  # a graph can be anything; one that cannot be compared may run all the same
+        raise ComparisonError(visible(f"{type(error).__name__}: {error}")) from error
+
+
+def _compare(
+    before: Artifact,
+    after: Artifact,
+    graphs_before: Mapping[str, ir.Model],
+    graphs_after: Mapping[str, ir.Model],
+    *,
+    device: str,
+    contents: Contents | None,
+) -> Effect:
     found = _facts(before, after, graphs_before, graphs_after)
     if graphs_after and device == "cpu":
         found["slow_nodes"] = slow_nodes(graphs_after.values())
@@ -43,18 +70,20 @@ def compare_artifacts(before: Artifact, after: Artifact, *, device: str = "cpu")
         return Effect(kind="conversion", **found)
     if not graphs_after:
         return _compare_torch(before, after, found)
+    contents = contents or contents_of(before, after)
     if _fingerprints(graphs_before) != _fingerprints(graphs_after):
-        known = places_of(before) & places_of(after)
+        changes = graph_changes(graphs_before, graphs_after, contents.both)
+        matches = {name: part.match for name, part in changes.items()}
         quantized = newly_quantized(graphs_before.values(), graphs_after.values())
+        reweighted = quantized is not None or weights_changed(graphs_before, graphs_after, matches, contents)
         return Effect(
-            kind="graph" if quantized is None else "weights",
+            kind="weights" if reweighted else "graph",
             operators=_changed(_operators(graphs_before), _operators(graphs_after)),
             weights_quantized=quantized,
-            region=_region(graph_changes(graphs_before, graphs_after, known)),
+            region=_region(changes),
             **found,
         )
-    known = places_of(before) & places_of(after)
-    if _fingerprints(graphs_before, known) != _fingerprints(graphs_after, known):
+    if _fingerprints(graphs_before, contents.of) != _fingerprints(graphs_after, contents.of):
         return Effect(kind="weights", **found)
     same_execution = before.manifest.execution == after.manifest.execution
     return Effect(kind="none" if same_execution else "execution", **found)
@@ -65,23 +94,19 @@ def with_rules(effect: Effect, rules: Mapping[str, tuple[int, int]]) -> Effect:
 
     What was told never changes the kind: a pass that tells of a hundred fusions in an unchanged graph did nothing.
     """
-    told = [f"{rule} {done} of {of}" for rule, (done, of) in rules.items() if done]
+    told = [f"{visible(rule)} {done} of {of}" for rule, (done, of) in rules.items() if done]
     contradiction = None
     if told and effect.kind == "none":
         contradiction = f"the pass tells of {', '.join(told)}, and nothing was found changed"
-    elif rules and not told and effect.kind == "graph":
-        contradiction = "the pass tells that none of its rules did anything, and the graph was found changed"
-    return effect.model_copy(update={"rules": dict(rules), "contradiction": contradiction})
-
-
-def region_of(before: Artifact, after: Artifact) -> Region | None:
-    """The changed nodes of the layer that shows most, with a neighbour each way; None where no node changed."""
-    known = places_of(before) & places_of(after)
-    return _region(graph_changes(graphs_of(before), graphs_of(after), known))
+    elif rules and not told and effect.kind in {"graph", "weights"}:
+        what = "graph was" if effect.kind == "graph" else "weights were"
+        contradiction = f"the pass tells that none of its rules did anything, and the {what} found changed"
+    seen = {visible(rule): counts for rule, counts in rules.items()}
+    return effect.model_copy(update={"rules": seen, "contradiction": contradiction})
 
 
 def graph_changes(
-    before: Mapping[str, ir.Model], after: Mapping[str, ir.Model], known: Collection[Place]
+    before: Mapping[str, ir.Model], after: Mapping[str, ir.Model], known: Mapping[Place, Hashable]
 ) -> dict[str, GraphChanges]:
     """What differs in each component that both have."""
     return {name: changes_of(model, after[name], known) for name, model in before.items() if name in after}
@@ -93,12 +118,6 @@ def graphs_of(artifact: Artifact) -> dict[str, ir.Model]:
 
     parts = artifact.manifest.components
     return {name: load_onnx(artifact, name) for name, part in parts.items() if part.format == "onnx"}
-
-
-def places_of(artifact: Artifact) -> set[Place]:
-    """Where its weights lie."""
-    parts = artifact.manifest.components.items()
-    return {torch_effect.place_of(artifact, name, ref) for name, part in parts for ref in part.tensors.values()}
 
 
 def _region(changes: Mapping[str, GraphChanges]) -> Region | None:
@@ -156,7 +175,6 @@ def _changed(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, 
     return {name: (before[name], after[name]) for name in names if before[name] != after[name]}
 
 
-def _fingerprints(graphs: Mapping[str, ir.Model], known: Collection[Place] | None = None) -> dict[str, str]:
-    """By component: of the structure, or with `known` places, of the contents, too."""
-    contents = known is not None
-    return {name: graph_fingerprint(m, contents=contents, known=known or ()) for name, m in graphs.items()}
+def _fingerprints(graphs: Mapping[str, ir.Model], known: Mapping[Place, Hashable] | None = None) -> dict[str, str]:
+    """By component: of the structure, or with what is `known` of weights, of the contents, too."""
+    return {name: graph_fingerprint(m, contents=known is not None, known=known) for name, m in graphs.items()}

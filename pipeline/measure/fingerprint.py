@@ -1,15 +1,16 @@
 """The fingerprint of a graph: what it computes, without regard to names.
 
 It is built from the inputs up: the hash of a value is that of its node's operator, attributes and input values. The
-hash of the graph is over the multiset of its nodes' hashes and its outputs in order. Weights enter either as data type
-and shape (the structure) or with their contents, too. An attribute that is written out with the value that its
-operator gives it in any case counts as left out.
+hash of the graph is over the multiset of its nodes' hashes and its outputs in order. Weights, which are the constants
+that lie outside the graph or take more than 1 KB, enter either as data type and shape (the structure) or with their
+contents, too. An attribute that is written out with the value that its operator gives it in any case counts as left
+out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +21,50 @@ if TYPE_CHECKING:
 Place = tuple[str, int, int]
 """(digest of a file, offset, length): equal places hold equal bytes."""
 
+WEIGHT_BYTES = 1024
+"""Constants up to this size inside the graph are shapes, axes and scalars as much as weights: they are structure."""
 
-def graph_fingerprint(model: ir.Model, *, contents: bool = True, known: Collection[Place] = ()) -> str:
+
+def graph_fingerprint(model: ir.Model, *, contents: bool = True, known: Mapping[Place, Hashable] | None = None) -> str:
     """SHA-256 of a graph without regard to names.
 
-    With `contents` False, weights that lie outside the graph count by data type and shape only. Those in `known`
-    places count by their place, and are not read. Operator sets that no node uses do not count.
+    With `contents` False, weights count by data type and shape only. Those in `known` places count by what it says of
+    the place, equal for equal bytes, and are not read. Operator sets that no node uses do not count.
     """
     hashed = GraphHash(contents=contents, known=known, opsets=model.opset_imports)
-    functions = sorted((*map(str, key), hashed.graph(function.graph, {})) for key, function in model.functions.items())
-    used = {node.domain for graph in model.graphs() for node in graph}
-    used |= {node.domain for function in model.functions.values() for node in function}
-    opsets = sorted((str(domain), version) for domain, version in model.opset_imports.items() if domain in used)
+    functions = sorted(
+        (*map(str, key), function_hash(function, contents=contents)) for key, function in model.functions.items()
+    )
+    opsets = _used_opsets(model.opset_imports, (node for graph in model.graphs() for node in graph))
     return hash_of(hashed.graph(model.graph, {}), functions, opsets).hex()
+
+
+def function_hash(function: ir.Function, *, contents: bool) -> bytes:
+    """Hash of a function of a model: its nodes, the attributes that it takes, and the operator sets that it uses."""
+    hashed = GraphHash(contents=contents, opsets=function.opset_imports)
+    takes = sorted((name, hashed.attribute(attribute, {})) for name, attribute in function.attributes.items())
+    opsets = _used_opsets(function.opset_imports, function)
+    return hash_of("function", hashed.graph(function.graph, {}), takes, opsets)
+
+
+def _used_opsets(opsets: Mapping[str, int], nodes: Iterable[ir.Node]) -> list[tuple[str, int]]:
+    used = {node.domain for node in nodes}
+    return sorted((str(domain), version) for domain, version in opsets.items() if domain in used)
 
 
 class GraphHash:
     """Hashes of nodes and graphs; see `graph_fingerprint`."""
 
     def __init__(
-        self, *, contents: bool, known: Collection[Place] = (), opsets: Mapping[str, int] | None = None
+        self,
+        *,
+        contents: bool,
+        known: Mapping[Place, Hashable] | None = None,
+        opsets: Mapping[str, int] | None = None,
     ) -> None:
         self._contents = contents
         self._opsets = opsets or {}
-        self._known = known
+        self._known = known or {}
 
     def graph(self, graph: ir.Graph, outer: dict[ir.Value, bytes]) -> bytes:
         """Hash of a graph; `outer` are the hashes of the values that a subgraph can see."""
@@ -78,12 +99,12 @@ class GraphHash:
             b"" if value is None else self.initializer(value) if value.is_initializer() else b"value"
             for value in node.inputs
         ]
-        return hash_of("alone", *self.operator(node, {}), inputs, len(node.outputs))
+        return hash_of("alone", *self.operator(node, self._seen_by_subgraphs(node)), inputs, len(node.outputs))
 
     def operator(self, node: ir.Node, values: dict[ir.Value, bytes]) -> tuple[Any, ...]:
         """Domain, type and attributes; an attribute may be a graph that sees `values`."""
         attributes = sorted(
-            (name, self._attribute(attribute, values))
+            (name, self.attribute(attribute, values))
             for name, attribute in node.attributes.items()
             if not is_default(node, attribute, self._opsets)
         )
@@ -98,25 +119,44 @@ class GraphHash:
             return hash_of("initializer without a value")
         kind = ("initializer", tensor.dtype.name, [str(size) for size in tensor.shape])
         if not isinstance(tensor, StoredTensor):
-            return hash_of(*kind, _digest(value, tensor))
+            return hash_of(*kind, _digest(value, tensor) if self._is_told(tensor) else b"")
         place = (tensor.entry.digest, tensor.ref.offset, tensor.ref.length) if tensor.entry else None
-        if place in self._known:
-            return hash_of(*kind, place)
+        if place is not None and place in self._known:
+            return hash_of(*kind, self._known[place])
         if not self._contents:
             return hash_of(*kind)
         return hash_of(*kind, hashlib.sha256(bytes_of(tensor.numpy()).data).digest())
 
-    def _attribute(self, attribute: ir.Attr, values: dict[ir.Value, bytes]) -> Any:
+    def _is_told(self, tensor: ir.TensorProtocol) -> bool:
+        """Whether the values of a tensor that the graph itself holds count."""
+        return self._contents or tensor.nbytes <= WEIGHT_BYTES
+
+    def _seen_by_subgraphs(self, node: ir.Node) -> dict[ir.Value, bytes]:
+        """The weights around a node whose attributes are graphs: these may read them."""
+        import onnx_ir as ir
+
+        graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        if node.graph is None or not any(attribute.type in graphs for attribute in node.attributes.values()):
+            return {}
+        return {value: self.initializer(value) for value in node.graph.initializers.values()}
+
+    def attribute(self, attribute: ir.Attr, values: dict[ir.Value, bytes]) -> Any:
+        """What prints alike for equal attributes; one that refers to a function's is equal where that is."""
         import onnx_ir as ir
 
         kind = attribute.type
+        if attribute.is_ref():
+            return kind.name, "reference", attribute.ref_attr_name
+        if attribute.value is None:  # that a function takes and gives no default
+            return kind.name, "none"
         if kind == ir.AttributeType.GRAPH:
             return self.graph(attribute.as_graph(), values)
         if kind == ir.AttributeType.GRAPHS:
             return [self.graph(graph, values) for graph in attribute.as_graphs()]
         if kind == ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
-            return tensor.dtype.name, [str(size) for size in tensor.shape], tensor.tobytes()
+            value = tensor.tobytes() if self._is_told(tensor) else b""
+            return tensor.dtype.name, [str(size) for size in tensor.shape], value
         return kind.name, repr(attribute.value)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.measure.fingerprint import Place, is_default
 from pipeline.measure.graph_match import Match, Nodes, match_graphs
 from pipeline.measure.graph_weights import dtype_name
+from pipeline.measure.visible import visible
 from pipeline.report.schema import Region, RegionNode
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class GraphChanges:
     groups: tuple[Alike, ...]
 
 
-def changes_of(before: ir.Model, after: ir.Model, known: Collection[Place] = ()) -> GraphChanges:
-    """What differs between two graphs; `known` are the places of weights that both have."""
+def changes_of(before: ir.Model, after: ir.Model, known: Mapping[Place, Hashable] | None = None) -> GraphChanges:
+    """What differs between two graphs; `known` are the weights that both have, equal for equal bytes."""
     match = match_graphs(before.graph, after.graph, known)
     groups: dict[Any, list[Changes]] = defaultdict(list)
     opsets = after.graph.opset_imports
@@ -127,7 +128,7 @@ def region(changes: GraphChanges, group: Alike) -> Region:
 
 def operator_of(node: ir.Node) -> str:
     """Its operator; one of another domain than ONNX's own with that: com.microsoft.MatMulNBits."""
-    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+    return visible(f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type))
 
 
 def _operators(nodes: Nodes, numbers: Iterable[int]) -> dict[str, int]:
@@ -311,7 +312,7 @@ def _detail(node: ir.Node, opsets: Mapping[str, int], *, attributes: bool = True
     if not attributes:
         return " ".join(weights)
     told = [
-        f"{name}={_value(node, attribute)}"
+        visible(f"{name}={_value(node, attribute)}")
         for name, attribute in sorted(node.attributes.items(), key=lambda item: (item[0] not in TELLING, item[0]))
         if name not in IMPLIED and not is_default(node, attribute, opsets)
     ]

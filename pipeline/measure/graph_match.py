@@ -9,7 +9,7 @@ counterpart.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ class Nodes:
     computed: tuple[bytes, ...]
     """Hash of each with all that it is computed from."""
     weights: tuple[Hashable, ...]
-    """The known places of the weights that each reads; None: it reads none."""
+    """What is known of the weights that each reads; None: it reads none."""
     sources: tuple[tuple[Source | None, ...], ...]
     """Where each input of each node comes from; None: a weight, or nothing."""
     users: tuple[tuple[tuple[int, int, int], ...], ...]
@@ -88,8 +88,8 @@ class Match:
         return was[1] == now[1] and (was[0] == now[0] if was[0] < 0 else self.forward[was[0]] == now[0])
 
 
-def match_graphs(before: ir.Graph, after: ir.Graph, known: Collection[Place] = ()) -> Match:
-    """The nodes of two graphs that are the same; `known` are the places of weights that both have."""
+def match_graphs(before: ir.Graph, after: ir.Graph, known: Mapping[Place, Hashable] | None = None) -> Match:
+    """The nodes of two graphs that are the same; `known` are the weights that both have, equal for equal bytes."""
     match = Match(nodes_of(before, known), nodes_of(after, known))
     certain(match)
     waiting = deque(sorted(match.forward.items()))
@@ -105,7 +105,7 @@ def match_graphs(before: ir.Graph, after: ir.Graph, known: Collection[Place] = (
     return match
 
 
-def nodes_of(graph: ir.Graph, known: Collection[Place] = ()) -> Nodes:
+def nodes_of(graph: ir.Graph, known: Mapping[Place, Hashable] | None = None) -> Nodes:
     """The graph as numbers."""
     hashed = GraphHash(contents=False, known=known, opsets=graph.opset_imports)
     kinds = GraphHash(contents=False, opsets=graph.opset_imports)
@@ -130,7 +130,7 @@ def nodes_of(graph: ir.Graph, known: Collection[Place] = ()) -> Nodes:
         nodes=ordered,
         alone=tuple(kinds.alone(node) for node in ordered),
         computed=tuple(computed.values()),
-        weights=tuple(_weights(node, known) for node in ordered),
+        weights=tuple(_weights(node, known or {}) for node in ordered),
         sources=sources,
         users=tuple(map(tuple, users)),
         given=tuple(map(tuple, given)),
@@ -150,17 +150,17 @@ def certain(match: Match) -> None:
     _pair_alike(match, _leading(before), _leading(after), unique=True)
 
 
-def _weights(node: ir.Node, known: Collection[Place]) -> Hashable:
+def _weights(node: ir.Node, known: Mapping[Place, Hashable]) -> Hashable:
     from pipeline.stored_tensor import StoredTensor
 
-    places = []
+    found = []
     for value in node.inputs:
         tensor = value.const_value if value is not None else None
         if isinstance(tensor, StoredTensor) and tensor.entry is not None:
             place = (tensor.entry.digest, tensor.ref.offset, tensor.ref.length)
             if place in known:
-                places.append(place)
-    return tuple(places) or None
+                found.append(known[place])
+    return tuple(found) or None
 
 
 def _leading(side: Nodes) -> list[Hashable]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -98,10 +98,13 @@ def _origin(value: ir.Value) -> ir.Value:
     return value
 
 
-WEIGHT_BYTES = 1024
-"""Initializers up to this size are shapes, axes and scalars as much as weights; they are not counted by data type."""
+FEW_NUMBERS = 256
+"""Tensors of up to so many are shapes, scalars and tables as much as weights: they are counted in no format."""
 
-SCALES_FROM = {
+NO_NUMBERS = frozenset({"int64", "int32", "bool", "string"})
+"""Data types of shapes, positions and masks, which are no weights."""
+
+AUXILIARY = {
     ("com.microsoft", "MatMulNBits"): (2, 5),
     ("com.microsoft", "MatMulBnb4"): (2, 3),
     ("com.microsoft", "DynamicQuantizeMatMul"): (2, 4),
@@ -109,8 +112,12 @@ SCALES_FROM = {
     ("com.microsoft", "GatherBlockQuantized"): (2, 4),
     ("", "DequantizeLinear"): (1, 3),
     ("", "QLinearMatMul"): (1, 3),
+    ("", "RotaryEmbedding"): (1, 3),
+    ("com.microsoft", "RotaryEmbedding"): (2, 4),
+    ("com.microsoft", "GroupQueryAttention"): (7, 9),
 }
-"""Inputs [from, to) that say what stored numbers stand for: scales, zero points, orders. They are no parameters."""
+"""Inputs [from, to) that are no parameters: they say what stored numbers stand for (scales, zero points, orders), or
+are tables of cosines and sines."""
 
 PACKED = {("com.microsoft", "MatMulNBits"), ("com.microsoft", "MatMulBnb4")}
 """Operators whose weights, input 1, are K x N numbers in fewer bytes."""
@@ -121,15 +128,25 @@ def dtype_name(dtype: ir.DataType) -> str:
     return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
 
 
-def data_types(models: Collection[ir.Model]) -> Counter[str]:
-    """Weights by data type; those of up to 1 KB are left out."""
-    return Counter(
-        dtype_name(tensor.dtype)
+def weights_of(models: Iterable[ir.Model]) -> dict[object, ir.TensorProtocol]:
+    """The weights among the initializers, by where they lie: shared ones are one."""
+    return {
+        identity_of(tensor): tensor
         for model in models
         for graph in model.graphs()
         for value in graph.initializers.values()
-        if (tensor := value.const_value) is not None and tensor.nbytes > WEIGHT_BYTES
-    )
+        if (tensor := value.const_value) is not None and is_weight(dtype_name(tensor.dtype), prod(tensor.shape.numpy()))
+    }
+
+
+def is_weight(dtype: str, numbers: int) -> bool:
+    """Whether a tensor of so many numbers is counted among the weights: of checkpoints and graphs alike."""
+    return numbers > FEW_NUMBERS and dtype not in NO_NUMBERS
+
+
+def data_types(models: Collection[ir.Model]) -> Counter[str]:
+    """Weights by data type."""
+    return Counter(dtype_name(tensor.dtype) for tensor in weights_of(models).values())
 
 
 def parameters(models: Collection[ir.Model]) -> int:
@@ -139,27 +156,24 @@ def parameters(models: Collection[ir.Model]) -> int:
     for model in models:
         for node in nodes_in(model):
             kind = (node.domain, node.op_type)
-            begin, end = SCALES_FROM.get(kind, (0, 0))
+            begin, end = AUXILIARY.get(kind, (0, 0))
             for at, value in enumerate(node.inputs):
                 tensor = value.const_value if value is not None and value.is_initializer() else None
-                if tensor is None or not _holds_numbers(tensor):
+                if tensor is None:
                     continue
-                identity = _identity(tensor)
+                identity = identity_of(tensor)
                 if begin <= at < end:
                     no_parameters.add(identity)
-                elif kind in PACKED and at == 1:
-                    sizes[identity] = node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
-                else:
-                    sizes.setdefault(identity, prod(tensor.shape.numpy()))
+                    continue
+                numbers = prod(tensor.shape.numpy())
+                if kind in PACKED and at == 1:
+                    numbers = node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
+                if is_weight(dtype_name(tensor.dtype), numbers):
+                    sizes[identity] = max(numbers, sizes.get(identity, 0))
     return sum(size for identity, size in sizes.items() if identity not in no_parameters)
 
 
-def _holds_numbers(tensor: ir.TensorProtocol) -> bool:
-    """Whether they may be weights: of one dimension at least, and no int64, which shapes and positions have."""
-    return len(tensor.shape) > 0 and tensor.dtype.name not in {"INT64", "INT32", "BOOL", "STRING"}
-
-
-def _identity(tensor: ir.TensorProtocol) -> object:
+def identity_of(tensor: ir.TensorProtocol) -> object:
     """Equal for tensors whose bytes lie in one place."""
     from pipeline.stored_tensor import StoredTensor
 
@@ -169,6 +183,8 @@ def _identity(tensor: ir.TensorProtocol) -> object:
 
 
 def nodes_in(model: ir.Model) -> Iterator[ir.Node]:
-    """Every node, those of subgraphs among them."""
+    """Every node, those of subgraphs among them, and those of the model's functions once."""
     for graph in model.graphs():
         yield from graph
+    for function in model.functions.values():
+        yield from function.all_nodes()

@@ -38,10 +38,13 @@ class Ceilings(NamedTuple):
 
     bandwidth_gb_per_s: float | None
     gflops: Mapping[str, float | None]
+    """By data type; None where there is no arithmetic in it: kernels widen to float32."""
 
     def rate(self, dtype: str) -> float | None:
-        """GFLOP/s in that data type; where there is no arithmetic in it, kernels widen to float32."""
-        return self.gflops.get(dtype) or self.gflops.get("float32")
+        """GFLOP/s in that data type; None where nobody knows."""
+        if dtype not in self.gflops:
+            return None
+        return self.gflops[dtype] or self.gflops.get("float32")
 
 
 class Timing(NamedTuple):
@@ -148,10 +151,16 @@ def _memory_s(work: Work, ceilings: Ceilings) -> float | None:
 
 
 def _arithmetic_s(work: Work, ceilings: Ceilings) -> float | None:
-    """Seconds that the operations take at the full rate of the data type that most of them compute in."""
-    total, dtype = work.total_flops, work.compute_dtype
-    rate = ceilings.rate(dtype) if dtype else None
-    return None if total is None or not rate else total / rate / 1e9
+    """Seconds that the operations take, those of each data type at its own full rate, one after another."""
+    if work.total_flops is None or not work.flops:
+        return None
+    seconds = 0.0
+    for dtype, flops in work.flops.items():
+        rate = ceilings.rate(dtype)
+        if not rate:
+            return None
+        seconds += flops / rate / 1e9
+    return seconds
 
 
 def _ratio(least: float | None, seconds: float | None) -> float | None:

@@ -13,6 +13,8 @@ from math import prod
 
 from pipeline.artifact import Artifact, TensorRef, canonical_json
 from pipeline.measure.fingerprint import Place, bytes_of
+from pipeline.measure.graph_weights import is_weight
+from pipeline.measure.visible import visible
 from pipeline.parent import worker_environment
 
 MODULES_S = 120.0
@@ -35,18 +37,23 @@ def same_configuration(before: Artifact, after: Artifact) -> bool:
 
 
 def tensor_data_types(artifact: Artifact) -> Counter[str]:
-    """Tensors by data type."""
-    return Counter(ref.dtype for part in artifact.manifest.components.values() for ref in part.tensors.values())
+    """Weights by data type; those that share their bytes count once."""
+    return Counter(ref.dtype for ref in _weights(artifact).values())
 
 
 def tensor_parameters(artifact: Artifact) -> int:
-    """Numbers in the tensors; those that share their bytes count once."""
-    spans = {
-        place_of(artifact, name, ref): prod(ref.shape)
+    """Numbers in the weights; those that share their bytes count once."""
+    return sum(prod(ref.shape) for ref in _weights(artifact).values())
+
+
+def _weights(artifact: Artifact) -> dict[Place, TensorRef]:
+    """Those that are counted in a graph, too."""
+    return {
+        place_of(artifact, name, ref): ref
         for name, part in artifact.manifest.components.items()
         for ref in part.tensors.values()
+        if is_weight(ref.dtype, prod(ref.shape))
     }
-    return sum(spans.values())
 
 
 def changed_modules(before: Artifact, after: Artifact) -> dict[str, tuple[int, int]]:
@@ -72,7 +79,8 @@ def count_modules(artifact: Artifact) -> Counter[str]:
         )
     except subprocess.TimeoutExpired:
         return Counter()
-    return Counter(json.loads(done.stdout)) if done.returncode == 0 else Counter()
+    found = json.loads(done.stdout) if done.returncode == 0 else {}
+    return Counter({visible(name): count for name, count in found.items()})
 
 
 def place_of(artifact: Artifact, component: str, ref: TensorRef) -> Place:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pipeline.report.figures import megabytes
 from pipeline.report.schema import Effect, Report, StageReport
 from pipeline.report.verdicts import is_idle
 
@@ -23,7 +24,7 @@ def change(stage: StageReport, report: Report) -> str:
     if effect is None:
         return "changed what is not known"
     if is_idle(stage):
-        return _nothing(effect)
+        return _nothing(effect) + _stored_otherwise(stage, report)
     nodes = _nodes(effect)
     aside = f" ({nodes})" if nodes else ""
     if effect.kind == "conversion":
@@ -138,6 +139,18 @@ def _nothing(effect: Effect) -> str:
     if after is not None:
         return f"changed nothing: 0 of {after:,} nodes"
     return "changed nothing" + (f": 0 of {effect.weights_changed[1]:,} tensors" if effect.weights_changed else "")
+
+
+def _stored_otherwise(stage: StageReport, report: Report) -> str:
+    """Where weights that no node reads came or went: the artifact has another size, and what runs is the same."""
+    parent = next((s for s in report.stages if s.name == stage.parent), None)
+    if stage.artifact is None or parent is None or parent.artifact is None:
+        return ""
+    before, after = parent.artifact.weights_bytes, stage.artifact.weights_bytes
+    if before == after:
+        return ""
+    went = f"dropped {megabytes(before - after)}" if after < before else f"stores {megabytes(after - before)} more"
+    return f", but {went} of weights that no node reads, or that are stored twice"
 
 
 def _nodes(effect: Effect) -> str:

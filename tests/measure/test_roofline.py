@@ -84,6 +84,32 @@ def test_mfu_is_of_the_data_type_that_the_products_compute_in() -> None:
     assert of([prefilling(4.0, "bfloat16")]).mfu == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("share", [0.49, 0.51])
+def test_operations_of_each_data_type_take_their_own_time(share: float) -> None:
+    """100 GFLOP/s in float32 and 400 in int8: no machine computes the half in float32 at the rate of int8."""
+    mixed = Work(
+        tokens=1,
+        weights_bytes=1,
+        flops={"float32": round(share * 100 * GFLOP), "int8": round((1 - share) * 100 * GFLOP)},
+        launches=1,
+    )
+    least_s = share + (1 - share) / 4
+    limit = limit_tokens_per_s(mixed, HOST)
+    assert limit is not None
+    assert limit.tokens_per_s == pytest.approx(1 / least_s)
+    assert of([Timing(PREFILL, mixed, 2.0)]).mfu == pytest.approx(least_s / 2)
+
+
+def test_a_data_type_whose_rate_nobody_knows_has_no_limit() -> None:
+    """One that the profile says has no arithmetic of its own is widened; of one that it leaves out nothing is known."""
+    counted = work(size=MB, flops=GFLOP, dtype="bfloat16")
+    widened = limit_tokens_per_s(counted, Ceilings(40.0, {"float32": 100.0, "bfloat16": None}))
+    assert widened is not None
+    assert widened.tokens_per_s == pytest.approx(100.0)
+    assert limit_tokens_per_s(counted, Ceilings(40.0, {"float32": 100.0})) is None
+    assert of([Timing(DECODE, counted, 0.02)], target=Ceilings(40.0, {"float32": 100.0})).mbu is not None
+
+
 def test_a_whole_pass_counts_where_there_is_no_prompt() -> None:
     found = of([Timing(FORWARD, work(flops=100 * GFLOP, tokens=256), 2.0)])
     assert found.mfu == pytest.approx(0.5)

@@ -66,3 +66,23 @@ def test_of_many_rules_those_that_did_something_are_told_and_the_others_counted(
     assert change(busy, RICH).endswith("rule_3 6 of 9, rule_4 5 of 9, 3 more rules")
     few = with_effect(kind="graph", nodes=(9, 8), rules={"a": (0, 9), "b": (1, 9)})
     assert change(few, RICH) == "changed the graph (9 → 8 nodes): a 0 of 9, b 1 of 9"
+
+
+def test_weights_that_no_node_reads_are_told_where_they_came_or_went() -> None:
+    """The graph computes the same: the effect is none, and yet the artifact has another size."""
+    idle = with_effect(kind="none", nodes=(155, 155))
+    parent = RICH.stage(str(idle.parent))
+    assert idle.artifact is not None
+    assert parent.artifact is not None
+
+    def storing(more: int) -> str:
+        assert idle.artifact is not None
+        assert parent.artifact is not None
+        artifact = idle.artifact.model_copy(update={"weights_bytes": parent.artifact.weights_bytes + more})
+        return change(idle.model_copy(update={"artifact": artifact}), RICH)
+
+    assert storing(0) == "changed nothing: 0 of 155 nodes"
+    assert storing(-2_500_000) == (
+        "changed nothing: 0 of 155 nodes, but dropped 2.5 MB of weights that no node reads, or that are stored twice"
+    )
+    assert "but stores 1.0 MB more of weights" in storing(1_000_000)
