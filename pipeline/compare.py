@@ -24,7 +24,6 @@ from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
 from pipeline.measure.statistics import speed_figures
 from pipeline.measure.workload import Point, Workload
-from pipeline.recipe import Recipe
 from pipeline.report.comparison import (
     ComparedQuality,
     ComparedRun,
@@ -195,7 +194,7 @@ def _compare(
     if baseline is not None:
         measured = measure(
             list(seats.values()),
-            _workload(a.recipe),
+            Workload.of(wanted.workload),
             baseline=baseline,
             budget_s=budget_s,
             seed=a.recipe.seed,
@@ -262,17 +261,16 @@ def _seat(name: str, stage: StageReport, run: PastRun, store: Store) -> StageToM
     except PipelineError as error:  # a format that no installed runner loads
         return f"{which}: {error}"
     device = run.report.hardware.get("device") or "cpu"
-    return StageToMeasure(name, found, ExecutionSpec(device=device, threads=run.report.threads))
+    spec = ExecutionSpec(device=device, threads=run.report.threads)
+    return StageToMeasure(name, found, spec, memory_bytes=_memory_bytes(stage))
 
 
-def _workload(recipe: Recipe) -> Workload:
-    wanted = recipe.evaluate.workload
-    return Workload(
-        prompt_lengths=tuple(wanted.prompt_lengths),
-        new_tokens=tuple(wanted.new_token_counts),
-        batch_sizes=tuple(wanted.batch_sizes),
-        forward=None if wanted.forward is None else tuple((batch, length) for batch, length in wanted.forward),
-    )
+def _memory_bytes(stage: StageReport) -> int | None:
+    """What running the stage takes, as its run had estimated it: cache, activations and mapped weights included."""
+    predicted = stage.predicted_memory
+    if predicted is None or predicted.inference_bytes is None:
+        return None
+    return predicted.inference_bytes + (predicted.mapped_bytes or 0)
 
 
 Medians = Mapping[str, Mapping[PointKey, float]]

@@ -16,6 +16,8 @@ import pytest
 from pipeline.artifact import Artifact
 from pipeline.compare import CompareResult, compare
 from pipeline.errors import RecipeError, StageError
+from pipeline.measure.process import StageToMeasure
+from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
 from pipeline.recipe.load import recipe_from_text
 from pipeline.report.comparison import ComparedSpeed, Comparison
@@ -38,6 +40,7 @@ class FakeHost:
         self.asked: list[str] = []
         self.threads: dict[str, int | None] = {}
         self.turn = 0
+        self.available_bytes = 10**12
 
     def clock(self) -> float:
         return self.now
@@ -50,7 +53,7 @@ class FakeHost:
 
     @property
     def measure(self) -> Callable[..., Any]:
-        return partial(measure_speed, clock=self.clock, start_worker=self.start, available_bytes=10**12)
+        return partial(measure_speed, clock=self.clock, start_worker=self.start, available_bytes=self.available_bytes)
 
 
 class FakeWorker:
@@ -210,6 +213,36 @@ def test_a_stage_that_does_not_load_is_told_and_the_others_go_on(place: Place) -
     told = {s.name: s.reason for s in found.comparison.stages}
     assert "b.mark does not load" in str(told["mark"])
     assert verdict(found, "write") == "equivalent"
+
+
+def test_models_that_do_not_fit_together_are_compared_in_rounds_that_both_of_a_pair_ran_in(place: Place) -> None:
+    a, b = place.run(), place.run("[{pass: mark, value: 2}]")
+    host = FakeHost(a__mark=0.01, b__mark=0.02)
+    host.available_bytes = 2**20
+    found = place.compare(a, b, host)
+    assert found.failed == ()
+    assert verdict(found, "mark") == "slower"
+    assert verdict(found, "source") == "equivalent"
+
+
+@pytest.mark.parametrize(("mapped_bytes", "expected"), [(500, 1500), (None, 1000)])
+def test_what_the_runs_had_estimated_decides_what_fits_together(
+    place: Place, mapped_bytes: int | None, expected: int
+) -> None:
+    a, b = place.run(), place.run("[{pass: mark, value: 2}]")
+    for folder in (a, b):
+        change(folder, stages__0__predicted_memory=None)
+    change(b, stages__1__predicted_memory={"inference_bytes": 1000, "mapped_bytes": mapped_bytes})
+    change(a, stages__1__predicted_memory={"inference_bytes": None, "mapped_bytes": mapped_bytes})
+    seats: dict[str, int | None] = {}
+
+    def spy(stages: list[StageToMeasure], *arguments: Any, **options: Any) -> SpeedMeasurement:
+        seats.update({stage.name: stage.memory_bytes for stage in stages})
+        return FakeHost().measure(stages, *arguments, **options)  # type: ignore[no-any-return]
+
+    past = [read_past_run(str(folder), place.runs) for folder in (a, b)]
+    compare(past[0], past[1], store=place.store, runs=place.runs, measure=spy)
+    assert seats == {"a.source": None, "b.source": None, "a.mark": None, "b.mark": expected}
 
 
 def test_the_comparison_lies_in_a_folder_of_its_own(place: Place) -> None:

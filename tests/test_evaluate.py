@@ -165,3 +165,50 @@ def test_another_threshold_judges_what_is_remembered(worse: tuple[RunResult, Pat
     assert paired.verdict == "degraded"
     assert divergence == quality_of(result, "wrong")[1]
     assert again.exit_code == 0
+
+
+KEEPING = """
+from pipeline import Pass
+
+class Keep(Pass):
+    "Changes nothing."
+    name = "keep"
+    accepts, produces = frozenset({"torch"}), "torch"
+    def run(self, artifact, params, context):
+        return artifact
+"""
+
+FEW = ["export=null", "gates=[]", "hardware=local", "evaluate.budget_s=1", "evaluate.quality.tokens=600"]
+FEW += ["evaluate.quality.window=64", "evaluate.quality.stride=32"]
+FEW += ["evaluate.workload.prompt_lengths=[8]", "evaluate.workload.new_tokens=2"]
+
+
+@pytest.mark.parametrize("first", ["[]", "[{pass: keep}]"])
+def test_the_baseline_and_a_stage_of_its_artifact_are_told_apart_whoever_was_scored_first(
+    first: str,
+    worse: tuple[RunResult, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    install: Callable[..., None],
+) -> None:
+    install(tmp_path, "keeping_passes", KEEPING, {"keep": "keeping_passes:Keep"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    text = tmp_path / "text.txt"
+    text.write_text(f"Once upon a time there was {first}, and that was made smaller. " * 12)
+    for passes in (first, "[{pass: keep}]"):
+        sets = [*FEW, f"passes={passes}", f"evaluate.quality.text={text}"]
+        store = Store(worse[1] / "store")  # where this machine was measured
+        found = run(load_recipe("llama2-cpu", sets), store=store, runs=tmp_path / "runs").report
+        base = found.stage("source").quality
+        assert base is not None
+        assert base.vs_baseline is None
+        assert any("600 were asked for" in note for note in found.notes), found.notes
+        if passes == "[]":  # nothing to decide, and nothing failed
+            assert found.schedule is not None
+            assert found.schedule.ended == "looks"
+            assert found.stage("source").speed
+    kept = found.stage("keep").quality
+    assert kept is not None
+    assert kept.vs_baseline is not None
+    assert kept.vs_baseline.verdict == "identical"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StageError
 from pipeline.measure.workload import Point
 from pipeline.runtime import CausalLMRunner
 
@@ -26,6 +26,9 @@ another stage had them, takes a millisecond: no part of such a pass that could b
 LEAST_ITERATIONS = 6
 LEAST_WARM_UP_S = 0.2
 """Iterations and seconds before flatness is judged."""
+
+TRIES = 5
+"""Blocks of the same work in which something was compiled. The first of them met every shape that there is."""
 
 Clock = Callable[[], int]
 """Nanoseconds, monotonic."""
@@ -55,14 +58,17 @@ def run_block(
     or more, the first counts. An iteration of decode is one token; after each
     prompt, which is not timed, exactly `steps` tokens follow, so that every stage decodes at the same positions. A
     block in which the runner compiled something counts for nothing and is done again.
+
+    Raises: StageError where it compiles in TRIES blocks one after the other, so that there is nothing to time.
     """
-    while True:
+    for _ in range(TRIES):
         before = _compilations(runner)
         with _no_garbage_collection():
             iterations = _iterations(runner, point, tokens, steps, clock, untimed_first=expected_s < LONG_S)
             seconds = _block(iterations, point, min_s=min_s, steps=steps)
         if _compilations(runner) == before:
             return seconds
+    raise _never_ends_compiling(f"in {TRIES} timed blocks of the same work")
 
 
 def _block(iterations: Iterator[float], point: Point, *, min_s: float, steps: int) -> list[float]:
@@ -88,14 +94,21 @@ def warm_up(
 ) -> WarmUp:
     """Run iterations until their times are flat, or `cap_s` has passed and there were at least two.
 
-    It begins anew after an iteration in which the runner compiled something.
+    It begins anew after an iteration in which the runner compiled something: that may be once for each decoded
+    position, and a few times more.
+
+    Raises: StageError where it goes on compiling.
     """
+    tries = steps + TRIES
     begin = clock()
     seconds: list[float] = []
     total = 0.0
     compiled = _compilations(runner)
     for took in _iterations(runner, point, tokens, steps, clock):
         if _compilations(runner) != compiled:
+            tries -= 1
+            if not tries:
+                raise _never_ends_compiling(f"in {steps + TRIES} iterations of its warm-up")
             compiled = _compilations(runner)
             begin, seconds, total = clock(), [], 0.0
             continue
@@ -120,6 +133,13 @@ def is_flat(seconds: Sequence[float]) -> bool:
 def _compilations(runner: CausalLMRunner) -> int:
     """How much the runner has compiled so far, where it is one that does so while it runs."""
     return int(getattr(runner, "compilations", 0))
+
+
+def _never_ends_compiling(where: str) -> StageError:
+    return StageError(
+        f"the runner compiled something anew {where}: what it takes is compiling, and no inference",
+        hint="a runner whose code depends on the length compiles for each; have it pad, or compile with dynamic shapes",
+    )
 
 
 def _iterations(

@@ -53,13 +53,33 @@ Group = Sequence[Seat]
 """Those that are loaded together."""
 
 
-def seat_together(stages: Sequence[StageToMeasure], baseline: str, available_bytes: int) -> list[list[Seat]]:
-    """All stages and the baseline's second process in one group, or where they do not fit, the baseline beside one."""
-    base = next(stage for stage in stages if stage.name == baseline)
-    seats, again = [Seat(stage) for stage in stages], Seat(base, replica=1)
-    if len(seats) == 1 or together_bytes(stages, baseline) <= available_bytes:
-        return [[*seats, again]]
-    return [[Seat(base), other] for other in [again, *seats] if other.replica or other.stage is not base]
+def seat_together(
+    stages: Sequence[StageToMeasure], baseline: str, available_bytes: int, pairs: Sequence[tuple[str, str]] = ()
+) -> list[list[Seat]]:
+    """All stages and the baseline's second process in one group, or where they do not fit, several.
+
+    The baseline is beside its second process in the first, and beside another stage alone in each of the others. The
+    two stages of each of `pairs` are in a group of their own, because only what shares rounds can be compared: beside
+    the baseline, where that fits, too.
+    """
+    named = {stage.name: stage for stage in stages}
+    again = Seat(named[baseline], replica=1)
+    if len(named) == 1 or together_bytes(stages, baseline) <= available_bytes:
+        return [[*map(Seat, stages), again]]
+    paired = {name for pair in pairs for name in pair}
+    wanted = [tuple(name for name in named if name in pair and name != baseline) for pair in pairs]
+    wanted += [(name,) for name in named if name not in paired and name != baseline]
+    groups = [[Seat(named[baseline]), again]]
+    for names in dict.fromkeys(wanted):
+        members = [Seat(named[name]) for name in names]
+        beside = [Seat(named[baseline]), *members]
+        groups.append(beside if len(members) == 1 or group_bytes(beside) <= available_bytes else members)
+    return groups
+
+
+def group_bytes(group: Group) -> int:
+    """Memory of all processes of the group, roughly."""
+    return sum(_estimated_bytes(seat.stage) for seat in group)
 
 
 def together_bytes(stages: Sequence[StageToMeasure], baseline: str) -> int:

@@ -10,6 +10,7 @@ timed block.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Literal
 from pipeline.errors import PipelineError
 from pipeline.measure.budget import BLOCK_S, decode_steps, round_seconds
 from pipeline.measure.cold_load import ColdLoads, is_compiled
-from pipeline.measure.launches import Crew, Group, Launcher, Seat, seat_together, together_bytes
+from pipeline.measure.launches import Crew, Group, Launcher, Seat, group_bytes, seat_together, together_bytes
 from pipeline.measure.looks import LEAST_ROUNDS, MARGIN, LookPlan
 from pipeline.measure.nurseries import Nurseries
 from pipeline.measure.process import StageToMeasure, StartWorker
@@ -36,6 +37,9 @@ PLANNED_SHARE = 0.95
 
 OVERRUN = 1.1
 """Rounds that take longer than foretold may go on until so many times the budget."""
+
+FIGURE_ROUNDS = 2
+"""Fewer have no figure, however wide its interval."""
 
 Progress = Callable[[float, str], None]
 Ending = Literal["decided", "looks", "budget", "failed"]
@@ -68,7 +72,8 @@ def measure_speed(
     `logs` gets one log a stage. A stage that fails is left out from there on and its reason returned; the others go
     on. `parents` names the stage that each was made from. With `pairs`, those comparisons of one stage with another
     are what has to be decided, instead of those with the baseline. Where the models do not fit into `available_bytes`
-    (default: what the host has free) together, each stage runs beside the baseline alone.
+    (default: what the host has free) together, each stage runs beside the baseline alone, or beside the other of its
+    pair. Where the baseline is the only stage, there is nothing to decide: it ends with the first look.
 
     Raises: PipelineError where no stage has the baseline's name, or two have the same.
     """
@@ -80,12 +85,18 @@ def measure_speed(
 
         available_bytes = int(psutil.virtual_memory().available)
     record = Record()
-    groups = seat_together(stages, baseline, available_bytes)
+    groups = seat_together(stages, baseline, available_bytes, pairs)
     if len(groups) > 1:
+        who = "the two stages of each comparison ran beside each other" if pairs else "each stage ran beside"
         record.notes.append(
             f"together the models take about {together_bytes(stages, baseline) / 1e9:.1f} GB and "
-            f"{available_bytes / 1e9:.1f} GB are free: each stage ran beside {baseline} alone"
+            f"{available_bytes / 1e9:.1f} GB are free: {who}{'' if pairs else f' {baseline} alone'}"
         )
+        for group in groups:
+            if group_bytes(group) > available_bytes:
+                told = f"{' and '.join(map(str, group))} take about {group_bytes(group) / 1e9:.1f} GB together: "
+                record.notes.append(told + "more than is free, so that they may run out of memory")
+                on_progress(0.0, record.notes[-1])
     schedule = _Schedule(
         stages=stages,
         points=list(workload.points()),
@@ -93,7 +104,7 @@ def measure_speed(
         baseline=baseline,
         parents=parents or dict.fromkeys(names),
         pairs=pairs,
-        declared=LookPlan.declare(looks, margin),
+        declared=LookPlan.declare(looks if len(stages) > 1 else looks[:1], margin),
         budget_s=budget_s,
         seed=seed,
         logs=logs,
@@ -173,13 +184,13 @@ class _Schedule:
         return crew, number
 
     def _plan(self, crew: Crew) -> None:
-        """Fix the looks by what the first warm-up foretells. Groups are taken to be like the first."""
+        """Fix the looks by what the first warm-up foretells. A process takes as long in every group."""
         self.steps = decode_steps(self.points, crew.estimates, self.budget_s)
         for point, steps in self.steps.items():
             if steps < point.new_tokens:
                 timed = f"{steps} of {point.new_tokens} new tokens"
                 self.record.notes.append(f"{point}: {timed} were timed, for the budget")
-        groups = len(self.groups)
+        groups = sum(map(len, self.groups)) / len(crew.group)
         start_up = self.record.start_ups[-1]
         launch_s = start_up.import_s + start_up.load_s + start_up.warm_up_s
         self.round_s, self.launch_s = round_seconds(crew.estimates, self.steps) * groups, launch_s * groups
@@ -299,16 +310,22 @@ class _Schedule:
             return False
         self.looks_taken += 1
         alive = self._alive()
-        if self.baseline not in alive or (len(self.stages) > 1 and alive == {self.baseline}):
+        pairs = [pair for pair in self._pairs_to_decide() if alive.issuperset(pair)]
+        if self.baseline not in alive or (len(self.stages) > 1 and not pairs):
             self.ended = "failed"
             return True
-        verdicts = self._verdicts_on_pairs(alive) if self.pairs else self._verdicts(alive)
-        undecided = verdicts.count("inconclusive")
-        self._tell(f"{undecided} of {len(verdicts)} comparisons are not decided")
-        if undecided or not self.fits:
+        verdicts = self._verdicts_on_pairs(pairs) if self.pairs else self._verdicts(alive)
+        wanted = len(pairs) * len(self.steps)  # a comparison without a figure is not decided, either
+        undecided = wanted - sum(verdict != "inconclusive" for verdict in verdicts)
+        self._tell(f"{undecided} of {wanted} comparisons are not decided")
+        if undecided or not pairs or not self.fits:
             return False
         self.ended = "decided"
         return True
+
+    def _pairs_to_decide(self) -> Sequence[tuple[str, str]]:
+        """What every point needs a verdict on, as long as nothing fails."""
+        return self.pairs or [(stage.name, self.baseline) for stage in self.stages if stage.name != self.baseline]
 
     def _verdicts(self, alive: Set[str]) -> list[Verdict]:
         """The verdicts on all stages against the baseline."""
@@ -317,8 +334,8 @@ class _Schedule:
         found = decide(samples, baseline=self.baseline, parents=self.parents, plan=self.plan, look=look)
         return [comparison.verdict for comparison in found.comparisons if comparison.stage in alive]
 
-    def _verdicts_on_pairs(self, alive: Set[str]) -> list[Verdict]:
-        """The verdicts on the pairs that were asked for."""
+    def _verdicts_on_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """The verdicts on those of the pairs that were asked for."""
         found = [
             compare_stages(
                 self.record.samples,
@@ -329,8 +346,7 @@ class _Schedule:
                 looks_taken=self.looks_taken,
                 comparisons=len(self.pairs),
             )
-            for stage, other in self.pairs
-            if {stage, other} <= alive
+            for stage, other in pairs
         ]
         return [ratio.verdict for ratios in found for ratio in ratios.values()]
 
@@ -375,18 +391,20 @@ class _Schedule:
             self.record.notes.append("no stage was measured to the end")
         elif self.launches == 1:
             self.record.notes.append("one launch: what differs from launch to launch is assumed, and not measured")
-        unknown = [
-            stage.name
-            for stage in self.stages
-            if stage.name not in self.record.failures
-            and not any(sample.stage == stage.name for sample in self.record.samples)
-        ]
-        for name in unknown:
-            why = self.record.failures.get(self.baseline)
-            self.record.failures[name] = (
-                f"not measured: the baseline {self.baseline} failed: {why}"
+        blocks = Counter((sample.stage, sample.point) for sample in self.record.samples if not sample.replica)
+        most = {
+            stage.name: max((blocks[stage.name, point] for point in self.points), default=0) for stage in self.stages
+        }
+        why = self.record.failures.get(self.baseline)
+        for name, rounds in most.items():
+            if rounds >= FIGURE_ROUNDS or name in self.record.failures:
+                continue
+            self.record.failures[name] = "not measured: " + (
+                f"the baseline {self.baseline} failed: {why}"
                 if why
-                else f"not measured: the budget of {self.budget_s:g} s was used up before its first round"
+                else f"it ran in one round, and a figure takes {FIGURE_ROUNDS}"
+                if rounds
+                else f"the budget of {self.budget_s:g} s was used up before its first round"
             )
 
     def _spent(self) -> float:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from pipeline.errors import Location
+from pipeline.measure.looks import LEAST_ROUNDS
 from pipeline.recipe.positions import Positions
 from pipeline.report.schema import Cell
 
@@ -201,7 +202,7 @@ class Evaluation(Part):
     margin: float = Field(
         0.01, gt=0, lt=1, description="speeds within this share of each other are equivalent; faster is beyond it"
     )
-    looks: Annotated[list[Count], Field(min_length=1, max_length=4)] = Field(
+    looks: Annotated[list[Annotated[int, Field(ge=LEAST_ROUNDS)]], Field(min_length=1, max_length=4)] = Field(
         [12, 30, 80, 200],
         description="rounds after which it is looked whether all is decided: at most four, ascending; "
         "one: exactly so many rounds, where the budget allows",

@@ -1,11 +1,13 @@
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StageError
 from pipeline.measure.block import is_flat, run_block, warm_up
 from pipeline.measure.workload import Point, Workload, fixed_tokens
+from pipeline.recipe import schema
 
 PREFILL = Point(kind="prefill", batch=2, prompt=4, new_tokens=0)
 FORWARD = Point(kind="forward", batch=2, prompt=4, new_tokens=0)
@@ -143,6 +145,26 @@ def test_compiling_neither_ends_a_warm_up_nor_counts_in_it() -> None:
     assert len(runner.calls) == 12
 
 
+def test_a_runner_that_compiles_in_every_block_fails_and_does_not_go_on_for_ever() -> None:
+    runner = CompilingRunner(set(range(10**4)))
+    with pytest.raises(StageError, match="compiled something anew in 5 timed blocks") as caught:
+        run_block(runner, DECODE, tokens_of(DECODE), min_s=1, steps=3, clock=runner.clock)
+    assert "pad" in str(caught.value.hint)
+
+
+def test_a_runner_that_compiles_in_every_iteration_of_a_warm_up_fails() -> None:
+    runner = CompilingRunner(set(range(10**4)))
+    with pytest.raises(StageError, match="compiled something anew in 8 iterations of its warm-up"):
+        warm_up(runner, DECODE, tokens_of(DECODE), cap_s=60, steps=3, clock=runner.clock)
+
+
+def test_a_runner_that_compiles_once_for_every_position_is_warmed_up() -> None:
+    positions = 100
+    runner = CompilingRunner(set(range(1 + positions)))
+    long = DECODE.model_copy(update={"new_tokens": positions})
+    assert warm_up(runner, long, tokens_of(long), cap_s=60, steps=positions, clock=runner.clock).flat
+
+
 def test_a_warm_up_ends_when_times_are_flat() -> None:
     runner = FakeRunner(speeds=[9, 9, 5, 3, 2, 1])
     seen = warm_up(runner, PREFILL, tokens_of(PREFILL), cap_s=1e9, steps=3, clock=runner.clock)
@@ -190,6 +212,22 @@ def test_a_workload_has_prefill_for_each_batch_and_prompt_and_decode_for_each_nu
         for batch in (1, 4)
         for prompt in (8, 16)
     }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "workload"),
+    [
+        ({}, Workload()),
+        (
+            {"prompt_lengths": [8, 16], "new_tokens": 5, "batch_sizes": [2]},
+            Workload(prompt_lengths=(8, 16), new_tokens=(5,), batch_sizes=(2,)),
+        ),
+        ({"new_tokens": [5, 9]}, Workload(new_tokens=(5, 9))),
+        ({"forward": [[2, 1024]]}, Workload(forward=((2, 1024),))),
+    ],
+)
+def test_a_recipes_workload_is_taken_as_it_is_written(recipe: dict[str, Any], workload: Workload) -> None:
+    assert Workload.of(schema.Workload.model_validate(recipe)) == workload
 
 
 def test_a_workload_of_whole_passes_has_nothing_else() -> None:

@@ -15,7 +15,7 @@ from pipeline.measure.looks import LookPlan
 from pipeline.measure.process import StageToMeasure
 from pipeline.measure.samples import Sample, SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
-from pipeline.measure.statistics import Decisions, decide, speed_figures
+from pipeline.measure.statistics import Decisions, compare_stages, decide, speed_figures
 from pipeline.measure.workload import Workload
 from pipeline.runtime import ExecutionSpec
 
@@ -394,6 +394,35 @@ def test_a_stage_that_failed_keeps_nobody_from_a_decision(host: FakeHost, artifa
     assert (measured.rounds, measured.ended) == (12, "decided")
 
 
+def test_what_has_no_figure_is_not_decided_and_says_why(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    host.times = {"export": 0.5, "int4": 0.25}
+    measured = measure(host, artifacts, looks=(1,))
+    assert (measured.rounds, measured.looks_taken, measured.ended) == (1, 1, "looks")
+    assert measured.failures == dict.fromkeys(NAMES, "not measured: it ran in one round, and a figure takes 2")
+
+
+def test_a_pair_of_which_one_failed_leaves_nothing_to_decide(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    host.fail("export", "load")
+    measured = measure(host, artifacts, pairs=[("int4", "export")])
+    assert (measured.rounds, measured.ended) == (12, "failed")
+
+
+def test_a_pair_is_decided_without_those_that_failed(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    host.fail("export", "load")
+    host.times = {"int4": 0.25}
+    measured = measure(host, artifacts, pairs=[("int4", "export"), ("int4", "source")])
+    assert (measured.rounds, measured.ended) == (12, "decided")
+
+
+def test_a_baseline_that_nothing_is_compared_with_ends_with_the_first_look(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    host.noise = 0.2
+    measured = measure(host, {"source": artifacts["source"]}, looks=(4, 9, 20), budget_s=10_000)
+    assert (measured.looks, measured.rounds, measured.looks_taken, measured.ended) == ((4,), 4, 1, "looks")
+    assert measured.failures == {}
+
+
 def test_the_most_memory_on_a_device_is_kept_where_there_is_one(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
     assert measure(host, artifacts, budget_s=1).device_peak_memory_bytes == {}
     host.device_bytes = 7
@@ -458,6 +487,71 @@ def test_memory_that_was_estimated_decides_what_fits_together(host: FakeHost, ar
     stages = [StageToMeasure(name, artifacts[name], ExecutionSpec(), memory_bytes=100) for name in NAMES]
     assert len(seat_together(stages, "source", available_bytes=400)) == 1
     assert len(seat_together(stages, "source", available_bytes=399)) == 3
+
+
+@pytest.mark.parametrize(
+    ("available", "groups"),
+    [
+        (400, ["source export int4 source"]),
+        (399, ["source source", "source export int4"]),
+        (299, ["source source", "export int4"]),
+        (150, ["source source", "export int4"]),  # not even that: what is to be compared has to be tried
+    ],
+)
+def test_the_stages_of_a_pair_run_side_by_side(
+    artifacts: dict[str, Artifact], available: int, groups: list[str]
+) -> None:
+    stages = [StageToMeasure(name, artifacts[name], ExecutionSpec(), memory_bytes=100) for name in NAMES]
+    found = seat_together(stages, "source", available, [("int4", "export")])
+    assert [" ".join(seat.stage.name for seat in group) for group in found] == groups
+
+
+def test_of_several_pairs_each_has_a_group_and_who_has_none_runs_beside_the_baseline(
+    artifacts: dict[str, Artifact],
+) -> None:
+    names = ["source", "a", "b", "c", "d"]
+    stages = [StageToMeasure(name, artifacts["source"], ExecutionSpec(), memory_bytes=100) for name in names]
+    pairs = [("c", "a"), ("c", "b"), ("c", "source"), ("a", "c")]
+    found = seat_together(stages, "source", 200, pairs)
+    assert [[seat.stage.name for seat in group] for group in found] == [
+        ["source", "source"],
+        ["a", "c"],
+        ["b", "c"],
+        ["source", "c"],
+        ["source", "d"],
+    ]
+
+
+@pytest.mark.parametrize("available_bytes", [2**31, 2**30])  # of about 630 MB each: with the baseline, and without
+def test_models_that_do_not_fit_together_are_compared_in_their_pair(
+    host: FakeHost, artifacts: dict[str, Artifact], available_bytes: int
+) -> None:
+    host.times = {"export": 0.5, "int4": 0.25}
+    measured = measure(host, artifacts, available_bytes=available_bytes, pairs=[("int4", "export")])
+    assert measured.ended == "decided"
+    found = compare_stages(
+        measured.samples, "int4", "export", baseline="source", plan=measured.plan, looks_taken=measured.looks_taken
+    )
+    assert [ratio.verdict for ratio in found.values()] == ["faster"] * 2
+    assert any("the two stages of each comparison ran beside each other" in note for note in measured.notes)
+
+
+def test_models_that_do_not_even_fit_in_pairs_are_told_before_anything_is_loaded(
+    host: FakeHost, artifacts: dict[str, Artifact]
+) -> None:
+    told: list[tuple[str, int]] = []
+    measured = measure(
+        host,
+        artifacts,
+        available_bytes=2**20,
+        pairs=[("int4", "export")],
+        on_progress=lambda fraction, message: told.append((message, len(host.started))),
+    )
+    assert (
+        "export and int4 take about 1.3 GB together: more than is free, so that they may run out of memory",
+        0,
+    ) in told
+    assert {message for message, started in told if not started} & set(measured.notes)
 
 
 def test_the_first_load_is_cold_and_the_later_ones_are_warm(host: FakeHost, artifacts: dict[str, Artifact]) -> None:

@@ -92,6 +92,11 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
         (HEAD + "seed: -1\n", "seed should be greater than or equal to 0; got -1"),
         (HEAD + "evaluate: {budget_s: '60'}\n", 'evaluate.budget_s should be a valid number; got "60"'),
         (HEAD + "evaluate: {workload: {batch_sizes: []}}\n", "batch_sizes"),
+        (
+            HEAD + "evaluate: {looks: [2]}\n",
+            "r.yaml:4:20: evaluate.looks.0 should be greater than or equal to 3; got 2",
+        ),
+        (HEAD + "evaluate: {looks: [12, 12]}\n", "looks have to ascend"),
         (HEAD + "evaluate: {quality: {window: 4, stride: 8}}\n", "stride (8) has to be smaller than window (4)"),
         (HEAD + "passes: [{name: a}]\n", "r.yaml:4:10: the key 'pass' is missing"),
         (HEAD + "passes: [{pass: a, name: Big}]\n", "passes.0.name should match pattern"),
