@@ -16,6 +16,7 @@ from pipeline.measure.samples import SpeedMeasurement
 from pipeline.plan import Plan, select_stages
 from pipeline.recipe import Recipe, Stage
 from pipeline.recipe.schema import SOURCE
+from pipeline.report.build import pareto
 from pipeline.report.paired import paired_speed
 from pipeline.report.schema import Ablation, Contribution, PairedSpeed, Report, StageReport
 
@@ -171,14 +172,14 @@ def with_contributions(
 
     contributions = tuple(_contribution(variant, whole, report, results, compare) for variant in plan.variants)
     stages = tuple(stage for stage in report.stages if stage.name not in lost)
-    pareto = tuple(name for name in report.pareto if name not in lost)
+    own = report.model_copy(update={"stages": tuple(stage for stage in stages if stage.name not in extra)})
     made = tuple(stage.name for stage in stages if stage.name in extra)
     ablation = Ablation(stage=plan.end, contributions=contributions, extra_stages=made)
     note = (
         f"--ablate {plan.end}: only the chain that ends in {plan.end}, that chain without each of its passes, and "
         f"{report.baseline} were made and measured"
     )
-    changes = {"stages": stages, "pareto": pareto, "ablation": ablation, "notes": (*report.notes, note)}
+    changes = {"stages": stages, "pareto": pareto(own), "ablation": ablation, "notes": (*report.notes, note)}
     return report.model_copy(update=changes)
 
 
@@ -211,6 +212,7 @@ def _contribution(
         stage=variant.dropped,
         variant=variant.end,
         reason=reason,
+        same_artifact=_is_same(whole, without),
         speed=speed,
         perplexity_ratio=_perplexity_ratio(whole, without, report),
         kl_divergence_change=_kl_change(whole, without, report),
@@ -218,6 +220,12 @@ def _contribution(
         if whole.artifact and without.artifact
         else None,
     )
+
+
+def _is_same(whole: StageReport, without: StageReport) -> bool:
+    """Whether both chains end in one artifact, byte for byte."""
+    both = [stage.artifact.digest if stage.artifact else None for stage in (whole, without)]
+    return both[0] is not None and both[0] == both[1]
 
 
 def _perplexity_ratio(whole: StageReport, without: StageReport, report: Report) -> float | None:

@@ -23,10 +23,13 @@ LEAST_RUNS = 3
 
 
 class History:
-    """How much runs of equal artifacts differ from each other, from the reports of both recipes on A's machine."""
+    """How much runs of equal artifacts differ from each other, from the reports of both recipes on A's machine.
+
+    Only runs with A's threads and on A's device tell: with others an artifact takes another time, and is not noise.
+    """
 
     def __init__(self, a: PastRun, b: PastRun) -> None:
-        machine = machine_of(a.report)
+        conditions = _conditions(a.report)
         self._times: dict[tuple[str, PointKey], dict[str, list[float]]] = {}
         seen = set()
         for home in (a.folder.resolve().parent, b.folder.resolve().parent):
@@ -38,7 +41,7 @@ class History:
                     report = Report.model_validate_json(file.read_bytes())
                 except (OSError, ValidationError):  # of another version, or being removed
                     continue
-                if machine_of(report) == machine:
+                if _conditions(report) == conditions:
                     self._add(report)
 
     def _add(self, report: Report) -> None:
@@ -54,6 +57,11 @@ class History:
         freedom = sum(len(values) - 1 for values in groups)
         squares = sum((v - sum(values) / len(values)) ** 2 for values in groups for v in values)
         return (math.sqrt(squares / freedom) if freedom else math.nan), freedom, sum(map(len, groups))
+
+
+def _conditions(report: Report) -> tuple[list[str], int, str]:
+    """What two runs have to share, so that one's time says how the other's may vary."""
+    return machine_of(report), report.threads, str(report.hardware.get("device") or "cpu")
 
 
 def unpaired_speed(a: StageReport, b: StageReport, history: History, margin: float) -> Iterator[ComparedSpeed]:

@@ -21,6 +21,8 @@ from pipeline.plan import Plan
 from pipeline.recipe import Recipe, Stage
 from pipeline.recipe.load import recipe_from_text
 from pipeline.report.schema import Report
+from pipeline.report.tables import ablation_table
+from pipeline.report.words import headline
 from pipeline.resolve import resolve, source_of
 from pipeline.run import run
 from pipeline.store import Store, default_store_path
@@ -305,6 +307,72 @@ def test_quality_is_told_as_ratio_and_as_difference(contributions: dict[str, Any
     assert contributions["mark"].kl_divergence_change == pytest.approx(0.03)
     assert contributions["write"].perplexity_ratio == pytest.approx(1.0)
     assert contributions["write"].kl_divergence_change == pytest.approx(0.01)
+
+
+def made_slower(report: Report, plan: Any, seconds: dict[str, float]) -> Report:
+    results = {s.name: StageResult(name=s.name, status="ran", artifact="0" * 64) for s in report.stages}
+    return with_contributions(plan, report, results, measured(seconds))
+
+
+def test_a_pass_that_changed_nothing_is_credited_with_nothing_whatever_was_timed(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """`same` returns what it was given: the chain with and without it is one artifact; 3 % of noise is no credit."""
+    chain = recipe("\n  - {pass: mark}\n  - {pass: same}\n  - {pass: write}\n")
+    plan = plan_ablation(chain, "write", partial(resolved, chain))
+    times = {"source": 0.04, "write": 0.02, "same": 0.02, "write_without_mark": 0.04, "write_without_same": 0.0206}
+    report = made_slower(ablate(chain, tmp_path), plan, times)
+    assert report.ablation is not None
+    found = {c.stage: c for c in report.ablation.contributions}
+    assert {name: c.same_artifact for name, c in found.items()} == {"mark": False, "same": True, "write": False}
+    (timed,) = found["same"].speed
+    assert timed.ratio.verdict == "faster"
+    table = ablation_table(report)
+    assert table is not None
+    verdicts = {row[0]: row[4] for row in table.rows}
+    assert verdicts["same"] == (
+        "contradiction: timed faster, and yet it changed nothing: the chain with and without it is the same artifact"
+    )
+    assert "contradiction" not in verdicts["mark"]
+    assert (
+        "Contradiction: with and without same the chain that ends in write is the same artifact, and yet with it was "
+        "timed faster; the pass did not do that."
+    ) in headline(report)
+
+
+def test_a_pass_that_changed_nothing_is_told_though_its_timing_claims_nothing(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    report = ablate(recipe("\n  - {pass: mark}\n  - {pass: same}\n"), tmp_path)
+    assert "same contributed nothing: with and without it the chain that ends in same is the same artifact." in (
+        headline(report)
+    )
+    table = ablation_table(report)
+    assert table is not None
+    assert table.rows[1][1].startswith("it changed nothing: the chain with and without it is the same artifact; ")
+
+
+def test_stages_made_for_the_ablation_alone_win_nothing_and_lead_no_headline(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Without `write` the chain is twice as fast and predicts best: no stage of the recipe does that."""
+    two = recipe("\n  - {pass: mark}\n  - {pass: write}\n")
+    plan = plan_ablation(two, "write", partial(resolved, two))
+    perplexity = {"source": 10.0, "mark": 12.0, "write": 11.0, "write_without_mark": 9.0}
+    report = with_quality(ablate(two, tmp_path), perplexity, {"mark": 0.1, "write": 0.1, "write_without_mark": 0.1})
+    data = json.loads(report.to_json())
+    for stage, rate in zip(data["stages"], (10.0, 15.0, 20.0, 40.0), strict=True):
+        figure = {"median": rate, "low": rate, "high": rate}
+        ratio = {"ratio": rate / 10, "low": rate / 10, "high": rate / 10, "verdict": "faster"}
+        point = {"kind": "decode", "batch": 1, "prompt": 8, "new_tokens": 4, "rounds": 9, "launches": 3}
+        stage["speed"] = [{**point, "tokens_per_s": figure, "latency_s": figure, "vs_baseline": ratio}]
+        if stage["name"] == "write_without_mark":
+            stage["roofline"] = {"flag": "kernel not engaged"}
+    report = Report.model_validate(data).model_copy(update={"ablation": None})
+    results = {s.name: StageResult(name=s.name, status="ran", artifact="0" * 64) for s in report.stages}
+    found = with_contributions(plan, report, results, None)
+    assert found.pareto == ("source", "write")
+    assert not any("write_without_mark" in line for line in headline(found))
 
 
 def test_random_weights_have_no_ratio_of_perplexities(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline"
 
 FLOORS = [
-    ["pipeline", "errors", "artifact", "files", "parent", "onnx_wire", "hardware", "report.schema", "report.gates"],
+    ["pipeline", "errors", "artifact", "files", "parent", "onnx_wire", "hardware"],
+    ["report.schema", "report.figures", "report.verdicts", "report.gates"],
     ["store", "plugin", "stored_tensor", "onnx_model", "models", "runtime", "memory_estimate"],
     ["recipe", "measure", "passes_catalogue", "starter"],
     ["plan"],

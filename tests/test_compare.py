@@ -21,6 +21,7 @@ from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.schedule import measure_speed
 from pipeline.recipe.load import recipe_from_text
 from pipeline.report.comparison import ComparedSpeed, Comparison
+from pipeline.report.comparison_words import headline, outcome
 from pipeline.report.schema import Report
 from pipeline.reproduce import read_past_run
 from pipeline.run import run
@@ -196,6 +197,24 @@ def test_the_same_artifact_is_said_to_be_the_same(place: Place) -> None:
     a, b = place.run(), place.run("[{pass: mark, value: 2}]")
     found = {s.name: s for s in place.compare(a, b).comparison.stages}
     assert (found["source"].same_artifact, found["mark"].same_artifact) == (True, False)
+
+
+def test_one_artifact_that_was_timed_slower_is_a_contradiction_and_no_loss(place: Place) -> None:
+    a, b = place.run("[{pass: mark}, {pass: write}]"), place.run("[{pass: mark, value: 2}, {pass: write}]")
+    result = place.compare(a, b, FakeHost(a__source=0.01, b__source=0.0103))
+    found = result.comparison
+    assert verdict(result, "source") == "slower"
+    assert (found.slower, found.contradicted) == ((), ("source",))
+    assert outcome(found) == ("unsure", "the same artifact, timed otherwise: source")
+    told = " ".join(headline(found))
+    assert (
+        "Contradiction: source is the same artifact in both runs, and yet was timed slower (prefill 0.969 ×, decode"
+        in told
+    )
+    assert "Slower in RUN_B" not in told
+    page = (result.folder / "comparison.md").read_text()
+    assert "contradiction, slower though it is the same artifact" in page
+    assert 'class="badge contradiction"' in (result.folder / "comparison.html").read_text()
 
 
 def test_stages_of_one_run_alone_are_listed(place: Place) -> None:
@@ -427,6 +446,29 @@ def test_less_than_three_runs_of_equal_artifacts_tell_nothing(place: Place) -> N
     point = unpaired(place, [0.0101], 0.0100, 0.0200)
     assert point.ratio is None
     assert "there are 2" in str(point.reason)
+
+
+@pytest.mark.parametrize("changes", [{"threads": 64}, {"hardware__device": "cuda"}])
+def test_runs_with_other_threads_or_on_another_device_are_no_history(changes: dict[str, Any], place: Place) -> None:
+    for seconds in (0.01, 0.04):
+        other = place.run()
+        timed(other, seconds)
+        change(other, **changes)
+    point = unpaired(place, [0.0101, 0.0099], 0.0100, 0.0200)
+    assert point.runs_in_history == 3
+    assert point.ratio is not None
+    assert point.ratio.verdict == "slower"
+
+
+def test_what_shares_no_rounds_is_told_to_be_slower_and_fails_nothing(place: Place) -> None:
+    point = unpaired(place, [0.0098, 0.0102, 0.0101], 0.0100, 0.0200)
+    assert point.ratio is not None
+    assert point.ratio.verdict == "slower"
+    data = json.loads((place.runs / "comparisons" / "latest" / "comparison.json").read_text())
+    found = Comparison.model_validate(data)
+    assert found.slower == ()
+    assert "Slower in RUN_B: mark (decode 0.50 ×, unpaired)." in headline(found)
+    assert outcome(found)[0] == "unsure"
 
 
 def test_runs_on_other_machines_are_no_history(place: Place) -> None:

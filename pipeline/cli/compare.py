@@ -25,7 +25,7 @@ def compare_verb(
         bool, typer.Option("--force", help="Measure runs that are not comparable, too, and say what was different.")
     ] = False,
     fail_if_slower: Annotated[
-        bool, typer.Option("--fail-if-slower", help="End with 1 where a stage of RUN_B is slower.")
+        bool, typer.Option("--fail-if-slower", help="End with 1 where a stage of RUN_B was shown to be slower.")
     ] = False,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs' results.")] = Path("runs"),
     json: JsonOption = False,

@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.report.schema import BreakEven, Report, Speed, StageReport
+from pipeline.report.verdicts import is_contradicted
 
 
 def break_even(stage: StageReport, report: Report, sources: Mapping[str, Sequence[str]]) -> BreakEven | None:
     """None where the stage is not faster than the baseline, or a cost or a speed is not known.
+
+    Nor does a stage earn anything that is broken, or that changed nothing and was timed faster all the same.
 
     `sources` names the stages that each was made from. The cost is that of the stage and of all that it was made from,
     but for what the baseline needs itself, each as it was when it was made. A token earns the difference between the
@@ -17,6 +20,9 @@ def break_even(stage: StageReport, report: Report, sources: Mapping[str, Sequenc
     """
     point = deciding_point(stage)
     if point is None or point.vs_baseline is None or point.vs_baseline.verdict != "faster":
+        return None
+    paired = stage.quality.vs_baseline if stage.quality else None
+    if is_contradicted(stage, point, report) or (paired is not None and paired.verdict == "broken"):
         return None
     theirs = next((p for p in report.stage(report.baseline).speed or () if p.point == point.point), None)
     cost_s = cost_of(stage.name, report, sources)

@@ -258,6 +258,7 @@ def _schedule(speed: SpeedMeasurement | None) -> Schedule | None:
         looks_taken=speed.looks_taken,
         rounds=speed.rounds,
         launches=speed.launches,
+        fits=speed.fits,
         ended=speed.ended,
     )
 

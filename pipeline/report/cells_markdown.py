@@ -63,7 +63,11 @@ def _point(point: PointOverCells, report: CellsReport) -> Iterator[str]:
             if ratio is None:
                 cells.append(plain(figure.reason or "–"))
                 continue
-            told = [f"**{words.speed_up(ratio)}**", f"({words.speed_up_interval(ratio)})", words.claim(figure)]
+            told = [
+                f"**{words.speed_up(ratio, report.margin)}**",
+                f"({words.speed_up_interval(ratio, report.margin)})",
+                words.claim(figure),
+            ]
             told += ["**BROKEN**"] if figure.broken else []
             told += [f"changed {plain(figure.changed)}"] if figure.changed else []
             told += [f"**{plain(why)}**"] if (why := words.contradiction(figure)) else []

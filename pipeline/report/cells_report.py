@@ -13,7 +13,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline.artifact import canonical_json
+from pipeline.report.figures import MARGIN, floor_share
 from pipeline.report.schema import Cell, Effect, Interval, Kind, Part, PointKey, Ratio, Report, Speed, StageReport
+from pipeline.report.verdicts import is_contradicted, over_parent
 
 CELLS_VERSION: Literal[1] = 1
 KINDS: tuple[Kind, ...] = ("forward", "decode", "prefill")
@@ -51,6 +53,11 @@ class CellFigure(Part):
     launches: int | None = None
     outliers: int = 0
     vs_baseline: Ratio | None = None
+    parent: str | None = Field(None, description="the stage that it was made from")
+    vs_parent: Ratio | None = None
+    contradicted: bool = Field(
+        False, description="it changed nothing, and was timed faster or slower than the stage that it was made from"
+    )
     changed: str | None = Field(None, description="what the stage changed: 0 of 155 nodes")
     effect: str | None = Field(None, description="none, graph, weights, execution or conversion")
     broken: bool = False
@@ -92,7 +99,9 @@ class CellsReport(Part):
     description: str = ""
     id: str
     created: str = Field(description="UTC, ISO 8601")
-    exit_code: int = Field(description="the worst of the cells'")
+    exit_code: int = Field(description="the worst of the cells' so far")
+    of: int = Field(description="cells of the matrix; fewer are here where they have not all been run")
+    margin: float = Field(MARGIN, description="speeds within this share of each other are equivalent")
     host: str | None = Field(description="the processor that everything was measured on; null: nothing ran")
     threads: tuple[int, ...] = Field(description="that the runs used, each number once")
     baseline: str
@@ -141,6 +150,8 @@ def build_cells_report(
         id=identity,
         created=created,
         exit_code=exit_code,
+        of=max((outcome.cell.of for outcome in outcomes), default=0),
+        margin=next((r.schedule.margin for r in reports if r.schedule is not None), MARGIN),
         host=next((str(r.host.get("cpu_model")) for r in reports), None),
         threads=tuple(sorted({report.threads for report in reports})),
         baseline=baseline,
@@ -187,7 +198,7 @@ def _facts(outcome: CellOutcome) -> CellFacts:
         others = [s.name for s in lost if s not in causes]
         error = "; ".join(f"{s.name} {s.status}: {s.reason}" for s in causes) or None
         error = error and error + (f"; skipped: {', '.join(others)}" if others else "")
-        floors = {_key(f.point): _share(f.ratio_low, f.ratio_high) for f in report.noise_floor}
+        floors = {_key(f.point): floor_share(f.ratio_low, f.ratio_high) for f in report.noise_floor}
         source = report.stages[0].artifact if report.stages else None
         schedule = report.schedule
     return CellFacts(
@@ -211,11 +222,6 @@ def _has_no_figures(stage: StageReport) -> bool:
 
 def _key(point: PointKey) -> str:
     return " ".join(str(part) for part in point if part is not None)
-
-
-def _share(low: float, high: float) -> float:
-    """The noise floor as one share, as the verdicts take it: the end that is farther from 1, in either direction."""
-    return max(high, 1 / low) - 1 if low > 0 else float("inf")
 
 
 def floor_of(cell: CellFacts, point: PointOverCells) -> float | None:
@@ -261,6 +267,9 @@ def _figure(name: str, point: Speed, outcome: CellOutcome) -> CellFigure:
         launches=speed.launches if speed else None,
         outliers=speed.outliers if speed else 0,
         vs_baseline=speed.vs_baseline if speed else None,
+        parent=stage.parent,
+        vs_parent=over_parent(stage, speed, report) if speed and report else None,
+        contradicted=speed is not None and report is not None and is_contradicted(stage, speed, report),
         changed=changed_in_words(stage.effect),
         effect=stage.effect.kind if stage.effect else None,
         broken=quality is not None and quality.verdict == "broken",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pipeline.report.cells_report import CellFigure, CellsReport, PointOverCells
-from pipeline.report.figures import percent
+from pipeline.report.figures import MARGIN, floor_in_table
 from pipeline.report.schema import Ratio
 from pipeline.report.time_chart import between, duration
 
@@ -29,28 +30,30 @@ def time_in_words(figure: CellFigure) -> tuple[str, str]:
     return duration(time.median), f"{between(time)}{mean}"
 
 
-def speed_up(ratio: Ratio) -> str:
+def speed_up(ratio: Ratio, margin: float = MARGIN) -> str:
     """How much faster, in percent of the baseline's speed: `+1.4 %`."""
-    return f"{signed(ratio.ratio)} %"
+    return f"{signed(ratio.ratio, margin)} %"
 
 
-def speed_up_interval(ratio: Ratio) -> str:
-    return f"{signed(ratio.low)} to {signed(ratio.high)} %"
+def speed_up_interval(ratio: Ratio, margin: float = MARGIN) -> str:
+    return f"{signed(ratio.low, margin)} to {signed(ratio.high, margin)} %"
 
 
-def signed(ratio: float) -> str:
-    """A ratio as a difference in percent; no end of an interval is rounded across zero or the default margin."""
+def signed(ratio: float, margin: float = MARGIN) -> str:
+    """A ratio as a difference in percent; no end of an interval is rounded across zero or an edge of the margin."""
     if not math.isfinite(ratio):
         return "∞"
     change = 100 * (ratio - 1)
+    edges = (100 * (1 / (1 + margin) - 1), 0.0, 100 * margin)
     digits = 0 if abs(change) >= 100 else 1
-    while digits < 4 and _crosses(change, round(change, digits)):
+    while digits < 4 and _crosses(change, round(change, digits), edges):
         digits += 1
     return f"{change:+,.{digits}f}".replace("-", "−")
 
 
-def _crosses(exact: float, shown: float) -> bool:
-    return any((exact - edge) * (shown - edge) <= 0 and exact != edge for edge in (-1.0, 0.0, 1.0))
+def _crosses(exact: float, shown: float, edges: Sequence[float]) -> bool:
+    """Whether it is shown on another side of an edge than it lies on."""
+    return any((exact - edge) * (shown - edge) <= 0 and abs(exact - edge) > 1e-9 for edge in edges)
 
 
 def claim(figure: CellFigure) -> str:
@@ -66,16 +69,16 @@ def claim(figure: CellFigure) -> str:
 
 
 def contradiction(figure: CellFigure) -> str | None:
-    """Where a stage that changed nothing is found faster or slower: the figure cannot be the pass's doing."""
-    ratio = figure.vs_baseline
-    if figure.effect == "none" and ratio is not None and ratio.verdict in {"faster", "slower"}:
-        return f"it changed nothing: whatever made it {ratio.verdict}, the pass did not"
-    return None
+    """Where a stage that changed nothing is timed faster or slower than the stage that it was made from."""
+    ratio = figure.vs_parent
+    if not figure.contradicted or ratio is None:
+        return None
+    return f"contradiction: it changed nothing: whatever made it {ratio.verdict} than {figure.parent}, the pass did not"
 
 
 def floor_in_words(floor: float | None) -> str:
     """The noise floor of a cell."""
-    return "not known" if floor is None else percent(floor)
+    return floor_in_table(floor)
 
 
 FEW_CELLS = 4
@@ -94,7 +97,9 @@ def headline(report: CellsReport) -> list[str]:
             ]
             if told:
                 where = f", {point.kind}" if len(report.points) > 1 else ""
-                said.append(f"{stage.name} {_changed([f for _, f in told])}{where}: {_found(told)}.")
+                said.append(f"{stage.name} {_changed([f for _, f in told])}{where}: {_found(told, report)}.")
+    if len(report.cells) < report.of:
+        said.insert(0, f"Not complete: {len(report.cells)} of {report.of} cells have been run.")
     failed = [cell.label for cell in report.cells if cell.error is not None]
     if failed:
         said.append(f"{len(failed)} of {len(report.cells)} cells failed in whole or in part: {'; '.join(failed)}.")
@@ -110,15 +115,27 @@ def _changed(figures: list[CellFigure]) -> str:
     )
 
 
-def _found(told: list[tuple[str, CellFigure]]) -> str:
+def _found(told: list[tuple[str, CellFigure]], report: CellsReport) -> str:
+    contradicted = sum(figure.contradicted for _, figure in told)
     if len(told) > FEW_CELLS:
         verdicts = [figure.vs_baseline.verdict for _, figure in told if figure.vs_baseline]
-        return ", ".join(f"{word} in {verdicts.count(word)} cells" for word in dict.fromkeys(verdicts))
-    return "; ".join(
-        f"{speed_up(figure.vs_baseline)} in {label} ({figure.vs_baseline.verdict}"
-        + (", inside the noise floor" if figure.vs_baseline.inside_floor else "")
-        + ("; BROKEN" if figure.broken else "")
-        + ")"
-        for label, figure in told
-        if figure.vs_baseline
-    )
+        counts = [f"{word} in {verdicts.count(word)} cells" for word in dict.fromkeys(verdicts)]
+        if contradicted:
+            counts.append(f"CONTRADICTION in {contradicted}, for there it changed nothing")
+        return ", ".join(counts)
+    return "; ".join(_found_in(label, figure, report) for label, figure in told)
+
+
+def _found_in(label: str, figure: CellFigure, report: CellsReport) -> str:
+    """What was found in one cell. What changed nothing is held against the stage that it was made from."""
+    ratio, against = figure.vs_baseline, ""
+    if figure.effect == "none" and figure.vs_parent is not None and figure.parent != report.baseline:
+        ratio, against = figure.vs_parent, f" against {figure.parent}"
+    if ratio is None:
+        return f"not known in {label}"
+    said = [f"CONTRADICTION: timed {ratio.verdict}" if figure.contradicted else ratio.verdict]
+    if ratio.inside_floor:
+        said[0] += ", inside the noise floor"
+    if figure.broken:
+        said.append("BROKEN")
+    return f"{speed_up(ratio, report.margin)}{against} in {label} ({'; '.join(said)})"

@@ -80,6 +80,14 @@ class ComparedStage(Part):
     quality: ComparedQuality | None = None
     size_bytes: tuple[int | None, int | None] = Field(description="A, B")
 
+    def shows(self, point: ComparedSpeed, verdict: str) -> bool:
+        """Whether the verdict is shown at a workload point: from rounds that both ran in, of two artifacts."""
+        return point.paired and not self.same_artifact and point.ratio is not None and point.ratio.verdict == verdict
+
+    def contradicts(self, point: ComparedSpeed) -> bool:
+        """Whether there is a difference where the artifacts have none."""
+        return self.same_artifact and point.ratio is not None and point.ratio.verdict in {"faster", "slower"}
+
 
 class Comparison(Part):
     """Two runs, compared."""
@@ -107,10 +115,16 @@ class Comparison(Part):
 
     @property
     def slower(self) -> tuple[str, ...]:
-        """Stages of B that are slower than A's at some workload point."""
-        return tuple(
-            s.name for s in self.stages if any(p.ratio is not None and p.ratio.verdict == "slower" for p in s.speed)
-        )
+        """Stages of B that were shown to be slower than A's at some workload point.
+
+        Not where both are one artifact, for no pass made that slower, nor where the two share no rounds.
+        """
+        return tuple(s.name for s in self.stages if any(s.shows(p, "slower") for p in s.speed))
+
+    @property
+    def contradicted(self) -> tuple[str, ...]:
+        """Stages whose two artifacts are one, and that were timed faster or slower all the same."""
+        return tuple(s.name for s in self.stages if any(s.contradicts(p) for p in s.speed))
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

@@ -35,7 +35,7 @@ def _speed(comparison: Comparison) -> Iterator[str]:
     rows = []
     for stage in comparison.stages:
         for point in stage.speed:
-            ratio, interval = words.ratio_in_words(point)
+            ratio, interval = words.ratio_in_words(point, comparison)
             a, b = words.times_of(point)
             work = plain(words.point_in_words(point))
             says = plain(words.claim(point, stage))

@@ -28,8 +28,8 @@ def render_comparison(comparison: Comparison, console: Console) -> None:
     table.add_column("verdict", overflow="fold")
     for stage in comparison.stages:
         for point in stage.speed:
-            ratio, interval = words.ratio_in_words(point)
-            style = STYLES.get(point.ratio.verdict, "default") if point.ratio else "yellow"
+            ratio, interval = words.ratio_in_words(point, comparison)
+            style = STYLES.get(words.shown_verdict(point, stage), "default") if point.ratio else "yellow"
             says = f"[{style}]{escape(words.claim(point, stage))}[/]"
             a, b = words.times_of(point)
             table.add_row(escape(stage.name), words.point_in_words(point), a, b, ratio, interval, says)

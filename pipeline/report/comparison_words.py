@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pipeline.report.cells_words import signed
 from pipeline.report.comparison import ComparedSpeed, ComparedStage, Comparison, Unlike
-from pipeline.report.figures import finer_times, megabytes, number, times, times_interval
+from pipeline.report.figures import (
+    USABLE_FLOOR,
+    finer_times,
+    floor_interval,
+    floor_share,
+    megabytes,
+    number,
+    times,
+    times_interval,
+)
 from pipeline.report.time_chart import duration
 
 ABSENT = "–"
@@ -16,9 +25,18 @@ def headline(comparison: Comparison) -> list[str]:
     if comparison.forced:
         said.append(f"NOT COMPARABLE in {', '.join(d.what for d in comparison.forced)}; measured because of --force.")
     for verdict in ("slower", "faster"):
-        found = [f"{s.name} ({where})" for s in comparison.stages if (where := _found(s, verdict))]
+        found = [
+            f"{s.name} ({where})" for s in comparison.stages if not s.same_artifact and (where := _found(s, verdict))
+        ]
         if found:
             said.append(f"{verdict.capitalize()} in RUN_B: {'; '.join(found)}.")
+    for stage in comparison.stages:
+        if stage.name in comparison.contradicted:
+            timed = " and ".join(f"{v} ({where})" for v in ("slower", "faster") if (where := _found(stage, v)))
+            said.append(
+                f"Contradiction: {stage.name} is the same artifact in both runs, and yet was timed {timed} in RUN_B; "
+                "no pass did that."
+            )
     worse = [s.name for s in comparison.stages if _worse(s)]
     if worse:
         said.append(f"Predicts worse in RUN_B: {', '.join(worse)}.")
@@ -41,7 +59,9 @@ def headline(comparison: Comparison) -> list[str]:
 def _found(stage: ComparedStage, verdict: str) -> str:
     """The workload points at which a stage got the verdict."""
     found = [p for p in stage.speed if p.ratio is not None and p.ratio.verdict == verdict]
-    return ", ".join(f"{p.kind} {times(p.ratio.ratio)}" for p in found if p.ratio is not None)
+    return ", ".join(
+        f"{p.kind} {times(p.ratio.ratio)}" + ("" if p.paired else ", unpaired") for p in found if p.ratio is not None
+    )
 
 
 QUALITIES = ("identical", "equivalent", "degraded", "broken")
@@ -63,11 +83,11 @@ def point_in_words(point: ComparedSpeed) -> str:
     return f"{point.kind}, prompt {point.prompt}{new}, batch {point.batch}"
 
 
-def ratio_in_words(point: ComparedSpeed) -> tuple[str, str]:
+def ratio_in_words(point: ComparedSpeed, comparison: Comparison) -> tuple[str, str]:
     """(the ratio, its interval)."""
     if point.ratio is None:
         return ABSENT, ""
-    return times(point.ratio.ratio), times_interval(point.ratio.ratio, point.ratio)
+    return times(point.ratio.ratio), times_interval(point.ratio.ratio, point.ratio, comparison.margin)
 
 
 def outcome(comparison: Comparison) -> tuple[str, str]:
@@ -75,8 +95,12 @@ def outcome(comparison: Comparison) -> tuple[str, str]:
     verdicts = [p.ratio.verdict if p.ratio is not None else None for s in comparison.stages for p in s.speed]
     if comparison.slower:
         return "bad", f"slower in RUN_B: {', '.join(comparison.slower)}"
+    if comparison.contradicted:
+        return "unsure", f"the same artifact, timed otherwise: {', '.join(comparison.contradicted)}"
     if not verdicts or any(v in {None, "inconclusive"} for v in verdicts):
         return "unsure", "not all is decided"
+    if "slower" in verdicts:
+        return "unsure", "slower in RUN_B, though from no common rounds"
     if "faster" in verdicts:
         return "good", "faster in RUN_B, and nothing slower"
     return "plain", "equally fast"
@@ -85,9 +109,15 @@ def outcome(comparison: Comparison) -> tuple[str, str]:
 def claim(point: ComparedSpeed, stage: ComparedStage) -> str:
     """The verdict, with all that a reader has to know before believing it."""
     told = caveat(point, stage)
-    if point.ratio is None:
-        return told
-    return f"{point.ratio.verdict}, {told}" if told else point.ratio.verdict
+    word = shown_verdict(point, stage)
+    return ", ".join(filter(None, (word, told)))
+
+
+def shown_verdict(point: ComparedSpeed, stage: ComparedStage) -> str:
+    """What the ratio is called: no success and no loss where both are one artifact. Empty where there is none."""
+    if stage.contradicts(point):
+        return "contradiction"
+    return point.ratio.verdict if point.ratio is not None else ""
 
 
 def caveat(point: ComparedSpeed, stage: ComparedStage) -> str:
@@ -100,8 +130,8 @@ def caveat(point: ComparedSpeed, stage: ComparedStage) -> str:
         told.append(f"about {ratio.rounds_to_decide} rounds would decide")
     if not point.paired:
         told.append(f"unpaired, from {point.runs_in_history} runs")
-    if stage.same_artifact and ratio.verdict in {"faster", "slower"}:
-        told.append("though it is the same artifact: this is noise that the intervals do not cover")
+    if stage.contradicts(point):
+        told.append(f"{ratio.verdict} though it is the same artifact: this is noise that the intervals do not cover")
     return ", ".join(told)
 
 
@@ -143,7 +173,13 @@ def difference_in_words(unlike: Unlike) -> str:
 
 def floors_in_words(comparison: Comparison) -> list[str]:
     """The schedule's baseline against itself, by workload point."""
-    return [f"{point}: {signed(low)} to {signed(high)} %" for point, (low, high) in comparison.noise_floor.items()]
+    return [f"{point}: {_floor(low, high, comparison.margin)}" for point, (low, high) in comparison.noise_floor.items()]
+
+
+def _floor(low: float, high: float, margin: float) -> str:
+    if floor_share(low, high) >= USABLE_FLOOR:
+        return floor_interval(low, high)
+    return f"{signed(low, margin)} to {signed(high, margin)} %"
 
 
 def schedule_in_words(comparison: Comparison) -> str:

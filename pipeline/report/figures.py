@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -11,6 +12,13 @@ MARGIN = 0.01
 """The equivalence margin of a report that does not say its own."""
 
 MOST_DIGITS = 6
+
+USABLE_FLOOR = 10.0
+"""A noise floor of that share or more is no figure but the sign that nothing was learnt, as after three wild rounds."""
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal or a page would obey and not show: control characters but for tab and end of line, what turns the
+direction of text, and halves of characters, which cannot be written at all."""
 
 
 class Bounded(Protocol):
@@ -129,6 +137,34 @@ def floor_share(low: float, high: float) -> float:
     if low <= 0 or not math.isfinite(high):  # rounds so wild that their interval has no end
         return math.inf
     return math.expm1(max(abs(math.log(low)), abs(math.log(high))))
+
+
+def noise_floor_in_words(floor: float) -> str:
+    """`the noise floor of 1.6 %`, or that there is no usable one."""
+    return f"the noise floor of {percent(floor)}" if floor < USABLE_FLOOR else "a noise floor that is beyond all use"
+
+
+def floor_in_table(floor: float | None) -> str:
+    """The noise floor as a share, for a table."""
+    if floor is None:
+        return "not known"
+    return percent(floor) if floor < USABLE_FLOOR else "no usable one"
+
+
+def floor_interval(low: float, high: float) -> str:
+    """The ratio of the baseline to itself: `0.991–1.009`."""
+    if floor_share(low, high) >= USABLE_FLOOR:
+        return "so wildly different that there is no usable noise floor"
+    return f"{low:.3f}–{high:.3f}"
+
+
+def printable(text: str) -> str:
+    """A stranger's words with every control character written out: `\\x1b`, and nothing moves the cursor."""
+    return CONTROL.sub(lambda found: _written(ord(found.group())), text)
+
+
+def _written(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def gate_value(value: float | None) -> str:

@@ -2,6 +2,13 @@
 
 A metric is a documented name for a place in report.json. Where a figure has an interval, the end that is nearest to
 failure decides: a gate passes only when the evidence says so.
+
+A gate on how much faster one stage is than another passes on nothing that the report itself does not claim. Where the
+interval alone would let it pass, it takes more:
+- a gate that equal speeds would fail (`>= 1.05`) asks for a difference: the verdict has to be `faster`, or `slower`;
+- one that equal speeds would pass (`>= 0.95`) asks that nothing was lost: where that is nearer to 1 than the noise
+  floor, the interval has to lie beyond the floor;
+- a stage that changed nothing is as fast as the stage that it was made from, so that one's figures have to pass, too.
 """
 
 from __future__ import annotations
@@ -10,7 +17,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
-from pipeline.report.schema import GateResult, QualityFacts, Report, Speed, StageReport
+from pipeline.report.figures import noise_floor_in_words
+from pipeline.report.schema import GateResult, QualityFacts, Ratio, Report, Speed, StageReport
+from pipeline.report.verdicts import is_contradicted, is_idle, noise_floor, why_undecided
 
 
 class Bounds(NamedTuple):
@@ -20,8 +29,10 @@ class Bounds(NamedTuple):
     high: float
 
 
-Read = Callable[[StageReport, dict[str, str], StageReport | None], list[Bounds]]
-"""From a stage, a selector of workload points, and the baseline, where it is in the report."""
+Read = Callable[[StageReport, dict[str, str], Report], list[Bounds]]
+"""From a stage, a selector of workload points, and the report that the stage is of."""
+
+Over = Literal["vs_baseline", "vs_parent"]
 
 
 class Metric(NamedTuple):
@@ -29,6 +40,10 @@ class Metric(NamedTuple):
     read: Read
     by_point: bool = False
     """Whether it has a value for every workload point, which a selector may narrow."""
+    over: Over | None = None
+    """What it is the speed over: then it is a ratio between two stages."""
+    from_speed: bool = False
+    """Whether it rests on measured speed, without having a value for every workload point."""
 
 
 SELECTORS = ("batch", "prompt", "new_tokens")
@@ -40,8 +55,8 @@ def _points(stage: StageReport, kind: str, selector: dict[str, str]) -> Iterable
             yield point
 
 
-def _speedup(kind: str, over: Literal["vs_baseline", "vs_parent"] = "vs_baseline") -> Read:
-    def read(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+def _speedup(kind: str, over: Over) -> Read:
+    def read(stage: StageReport, selector: dict[str, str], report: Report) -> list[Bounds]:
         ratios = [getattr(p, over) for p in _points(stage, kind, selector)]
         return [Bounds(r.low, r.high) for r in ratios if r is not None]
 
@@ -49,7 +64,7 @@ def _speedup(kind: str, over: Literal["vs_baseline", "vs_parent"] = "vs_baseline
 
 
 def _rate(kind: str, field: str) -> Read:
-    def read(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+    def read(stage: StageReport, selector: dict[str, str], report: Report) -> list[Bounds]:
         figures = [getattr(p, field) for p in _points(stage, kind, selector)]
         return [Bounds(f.low, f.high) for f in figures]
 
@@ -57,7 +72,7 @@ def _rate(kind: str, field: str) -> Read:
 
 
 def _one(read: Callable[[StageReport], float | None]) -> Read:
-    def bounds(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+    def bounds(stage: StageReport, selector: dict[str, str], report: Report) -> list[Bounds]:
         value = read(stage)
         return [] if value is None else [Bounds(value, value)]
 
@@ -67,7 +82,8 @@ def _one(read: Callable[[StageReport], float | None]) -> Read:
 def _over_baseline(read: Callable[[StageReport], float | None]) -> Read:
     """A figure without an interval, over the baseline's."""
 
-    def bounds(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+    def bounds(stage: StageReport, selector: dict[str, str], report: Report) -> list[Bounds]:
+        baseline = _find(report, report.baseline)
         mine, theirs = read(stage), read(baseline) if baseline is not None else None
         return [] if mine is None or not theirs else [Bounds(mine / theirs, mine / theirs)]
 
@@ -107,7 +123,7 @@ def _quantized(stage: StageReport) -> float | None:
     return done / of if of else None
 
 
-def _perplexity_ratio(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+def _perplexity_ratio(stage: StageReport, selector: dict[str, str], report: Report) -> list[Bounds]:
     paired = stage.quality.vs_baseline if stage.quality else None
     if paired is None:
         return []
@@ -124,7 +140,7 @@ def _paired(field: str) -> Read:
 def _scored(read: Callable[[QualityFacts], float | None], *, needs_pair: bool = False) -> Read:
     """A figure of a scored stage. Null there means not finite, which no bound may let pass."""
 
-    def bounds(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
+    def bounds(stage: StageReport, selector: dict[str, str], report: Report) -> list[Bounds]:
         if stage.quality is None or (needs_pair and stage.quality.vs_baseline is None):
             return []
         value = read(stage.quality)
@@ -133,40 +149,45 @@ def _scored(read: Callable[[QualityFacts], float | None], *, needs_pair: bool = 
     return bounds
 
 
-def _break_even(stage: StageReport, selector: dict[str, str], baseline: StageReport | None) -> list[Bounds]:
-    """Never, where it was measured and is not faster: no bound from above holds."""
+def _break_even(stage: StageReport, selector: dict[str, str], report: Report) -> list[Bounds]:
+    """Never, where it was measured and is not faster, contradicts itself or is broken: no bound from above holds."""
     found = stage.break_even
     if found is not None:
         never = math.inf
         return [Bounds(*(never if tokens is None else float(tokens) for tokens in (found.low, found.high)))]
-    ratios = [point.vs_baseline for point in stage.speed or () if point.kind in ("decode", "forward")]
-    if any(r is not None and r.verdict != "faster" for r in ratios[:1]):
-        return [Bounds(math.inf, math.inf)]
+    points = [p for kind in ("decode", "forward") for p in stage.speed or () if p.kind == kind and p.vs_baseline]
+    for point in points[:1]:
+        slower = point.vs_baseline is not None and point.vs_baseline.verdict != "faster"
+        if slower or is_contradicted(stage, point, report) or _is_broken(stage):
+            return [Bounds(math.inf, math.inf)]
     return []
+
+
+def _is_broken(stage: StageReport) -> bool:
+    paired = stage.quality.vs_baseline if stage.quality else None
+    return paired is not None and paired.verdict == "broken"
 
 
 def _roofline(field: str) -> Read:
     return _one(lambda stage: getattr(stage.roofline, field) if stage.roofline else None)
 
 
+def _ratio_metric(description: str, kind: str, over: Over = "vs_baseline") -> Metric:
+    return Metric(description, _speedup(kind, over), by_point=True, over=over)
+
+
 METRICS: dict[str, Metric] = {
-    "decode_speedup": Metric("tokens/s of decode over the baseline's", _speedup("decode"), by_point=True),
-    "prefill_speedup": Metric("tokens/s of prefill over the baseline's", _speedup("prefill"), by_point=True),
-    "decode_speedup_over_parent": Metric(
-        "tokens/s of decode over those of the stage that it was made from",
-        _speedup("decode", "vs_parent"),
-        by_point=True,
+    "decode_speedup": _ratio_metric("tokens/s of decode over the baseline's", "decode"),
+    "prefill_speedup": _ratio_metric("tokens/s of prefill over the baseline's", "prefill"),
+    "decode_speedup_over_parent": _ratio_metric(
+        "tokens/s of decode over those of the stage that it was made from", "decode", "vs_parent"
     ),
-    "prefill_speedup_over_parent": Metric(
-        "tokens/s of prefill over those of the stage that it was made from",
-        _speedup("prefill", "vs_parent"),
-        by_point=True,
+    "prefill_speedup_over_parent": _ratio_metric(
+        "tokens/s of prefill over those of the stage that it was made from", "prefill", "vs_parent"
     ),
-    "forward_speedup": Metric("tokens/s of whole passes over the baseline's", _speedup("forward"), by_point=True),
-    "forward_speedup_over_parent": Metric(
-        "tokens/s of whole passes over those of the stage that it was made from",
-        _speedup("forward", "vs_parent"),
-        by_point=True,
+    "forward_speedup": _ratio_metric("tokens/s of whole passes over the baseline's", "forward"),
+    "forward_speedup_over_parent": _ratio_metric(
+        "tokens/s of whole passes over those of the stage that it was made from", "forward", "vs_parent"
     ),
     "decode_tokens_per_s": Metric("decoded tokens a second", _rate("decode", "tokens_per_s"), by_point=True),
     "prefill_tokens_per_s": Metric("prompt tokens a second", _rate("prefill", "tokens_per_s"), by_point=True),
@@ -174,10 +195,16 @@ METRICS: dict[str, Metric] = {
     "prefill_latency_s": Metric("seconds for one prompt", _rate("prefill", "latency_s"), by_point=True),
     "forward_tokens_per_s": Metric("tokens a second of whole passes", _rate("forward", "tokens_per_s"), by_point=True),
     "forward_latency_s": Metric("seconds for one whole pass", _rate("forward", "latency_s"), by_point=True),
-    "mbu": Metric("share of the host's bandwidth that decode used, at its first workload point", _roofline("mbu")),
-    "mfu": Metric("share of the host's arithmetic that the first prompt, or whole pass, used", _roofline("mfu")),
+    "mbu": Metric(
+        "share of the host's bandwidth that decode used, at its first workload point", _roofline("mbu"), from_speed=True
+    ),
+    "mfu": Metric(
+        "share of the host's arithmetic that the first prompt, or whole pass, used", _roofline("mfu"), from_speed=True
+    ),
     "bytes_per_token": Metric("read from memory for one decoded token, counted", _roofline("bytes_per_token")),
-    "break_even_tokens": Metric("tokens after which its making is earned back; infinite where never", _break_even),
+    "break_even_tokens": Metric(
+        "tokens after which its making is earned back; infinite where never", _break_even, from_speed=True
+    ),
     "perplexity": Metric("on the held-out text", _scored(lambda q: q.perplexity)),
     "perplexity_ratio": Metric("perplexity over the baseline's, paired", _perplexity_ratio),
     "kl_divergence": Metric("KL(baseline || stage), nats per token", _paired("kl_divergence")),
@@ -216,21 +243,84 @@ class Condition(NamedTuple):
 
 
 def evaluate_gate(gate: Condition, report: Report) -> GateResult:
-    """passed, failed, or not_evaluated where the report lacks the figure. All workload points must pass."""
-    try:
-        stage = report.stage(gate.stage)
-    except KeyError:
+    """passed, failed, or not_evaluated where the report lacks the evidence. All workload points must pass."""
+    metric = METRICS[gate.metric]
+    stage = _find(report, gate.stage)
+    if stage is None:
         return GateResult(gate=gate.text, result="not_evaluated", reason=f"the stage {gate.stage} was not in this run")
-    baseline = next((s for s in report.stages if s.name == report.baseline), None)
-    bounds = METRICS[gate.metric].read(stage, gate.selector, baseline)
+    if (metric.by_point or metric.from_speed) and stage.status in {"failed", "skipped", "unmeasured"}:
+        return GateResult(gate=gate.text, result="not_evaluated", reason=stage.reason or f"{stage.name} {stage.status}")
+    bounds = metric.read(stage, gate.selector, report)
     if not bounds:
         reason = stage.reason or f"{gate.metric} was not measured"
         return GateResult(gate=gate.text, result="not_evaluated", reason=reason)
+    observed = _observed(gate, bounds)
+    shown = observed if math.isfinite(observed) else None
+    if metric.over is not None and report.schedule is not None and not report.schedule.fits:
+        reason = "the budget did not hold even the least number of rounds: nothing is claimed"
+        return GateResult(gate=gate.text, result="not_evaluated", observed=shown, reason=reason)
+    if not gate.holds(observed):
+        return GateResult(gate=gate.text, result="failed", observed=shown)
+    if metric.over is not None:
+        kind = gate.metric.partition("_")[0]
+        for point in _points(stage, kind, gate.selector):
+            result, reason = _not_claimed(gate, stage, point, metric.over, report)
+            if result is not None:
+                return GateResult(gate=gate.text, result=result, observed=shown, reason=reason)
+    return GateResult(gate=gate.text, result="passed", observed=shown)
+
+
+def _observed(gate: Condition, bounds: list[Bounds]) -> float:
+    """The end that is nearest to failure."""
     if gate.comparison.startswith(">"):
-        observed = min(b.low for b in bounds)
-    elif gate.comparison.startswith("<"):
-        observed = max(b.high for b in bounds)
-    else:
-        observed = next((v for b in bounds for v in b if not gate.holds(v)), bounds[0].low)
-    result: Literal["passed", "failed"] = "passed" if gate.holds(observed) else "failed"
-    return GateResult(gate=gate.text, result=result, observed=observed if math.isfinite(observed) else None)
+        return min(b.low for b in bounds)
+    if gate.comparison.startswith("<"):
+        return max(b.high for b in bounds)
+    return next((v for b in bounds for v in b if not gate.holds(v)), bounds[0].low)
+
+
+Refusal = tuple[Literal["failed", "not_evaluated"] | None, str]
+"""What keeps a gate from passing whose interval holds, and why; None where nothing does."""
+
+
+def _not_claimed(gate: Condition, stage: StageReport, point: Speed, over: Over, report: Report) -> Refusal:
+    """Whether the report does not claim, at one workload point, what the gate asks for."""
+    ratio: Ratio | None = getattr(point, over)
+    if ratio is None:
+        return None, ""
+    floor = noise_floor(point, report)
+    if floor is None:
+        return "not_evaluated", "the noise floor is not known: nothing is claimed"
+    if not gate.holds(1.0):
+        if ratio.verdict == "inconclusive":
+            why = (
+                why_undecided(ratio, point, report)
+                or "its own interval holds, that of all comparisons together does not"
+            )
+            return "failed", f"inconclusive: {why}"
+    elif not _holds_beyond(gate, ratio, floor):
+        return "failed", f"nearer to 1 than {noise_floor_in_words(floor)}: not shown"
+    if is_idle(stage) and not _holds_of_parent(gate, stage, point, over, report):
+        return "failed", f"it changed nothing, so that it is as fast as {stage.parent}: the difference is noise"
+    return None, ""
+
+
+def _holds_beyond(gate: Condition, ratio: Ratio, floor: float) -> bool:
+    """Whether the bound lies outside the noise floor, or the interval beyond the floor's far end."""
+    low, high = 1 / (1 + floor), 1 + floor
+    if gate.comparison.startswith(">"):
+        return gate.holds(low) or ratio.low >= high
+    return gate.holds(high) or ratio.high <= low
+
+
+def _holds_of_parent(gate: Condition, stage: StageReport, point: Speed, over: Over, report: Report) -> bool:
+    """Whether the gate would pass with the figures of the stage that this one was made from."""
+    if over == "vs_parent" or stage.parent == report.baseline:
+        return gate.holds(1.0)
+    parent = _find(report, str(stage.parent))
+    theirs = next((p.vs_baseline for p in (parent.speed or ()) if p.point == point.point), None) if parent else None
+    return theirs is not None and gate.holds(_observed(gate, [Bounds(theirs.low, theirs.high)]))
+
+
+def _find(report: Report, name: str) -> StageReport | None:
+    return next((stage for stage in report.stages if stage.name == name), None)

@@ -81,6 +81,9 @@ class Schedule(Part):
     looks_taken: int
     rounds: int
     launches: int
+    fits: bool = Field(
+        True, description="false: the budget did not hold even the least number of rounds, and nothing is claimed"
+    )
     ended: Literal["decided", "looks", "budget", "failed"] = Field(
         description="decided: every comparison had a verdict; looks: the last one was taken; budget: it was used up; "
         "failed: nothing was left to compare"
@@ -334,6 +337,9 @@ class Contribution(Part):
     stage: str = Field(description="the stage that was dropped")
     variant: str | None = Field(description="the stage that ends the chain without it; null: it cannot be dropped")
     reason: str | None = Field(None, description="why it cannot be dropped, or was not measured")
+    same_artifact: bool = Field(
+        False, description="the whole chain and the one without it end in one artifact: no difference is the pass's"
+    )
     speed: tuple[PairedSpeed, ...] = ()
     perplexity_ratio: float | None = Field(None, description="of the whole chain over that without the pass")
     kl_divergence_change: float | None = None

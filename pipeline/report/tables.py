@@ -18,7 +18,9 @@ from pipeline.report.figures import (
 )
 from pipeline.report.points import point_in_words
 from pipeline.report.schema import Contribution, PairedSpeed, Report, Roofline, StageReport
-from pipeline.report.verdicts import margin_of, why_undecided
+from pipeline.report.verdicts import contradicts, is_idle, margin_of, why_undecided
+
+SAME_ARTIFACT = "it changed nothing: the chain with and without it is the same artifact"
 
 
 class Table(NamedTuple):
@@ -71,10 +73,12 @@ def ablation_table(report: Report) -> Table | None:
     for found in report.ablation.contributions:
         others = _other_changes(found)
         if found.variant is None or not found.speed:
-            rows.append((found.stage, found.reason or "not measured", *([ABSENT] * 3), *others))
+            why = found.reason or "not measured"
+            told = f"{SAME_ARTIFACT}; {why}" if found.same_artifact else why
+            rows.append((found.stage, told, *([ABSENT] * 3), *others))
             continue
-        rows.append((found.stage, *_paired(found.speed[0], report), *others))
-        rows += [("", *_paired(point, report), "", "", "") for point in found.speed[1:]]
+        rows.append((found.stage, *_paired(found.speed[0], found, report), *others))
+        rows += [("", *_paired(point, found, report), "", "", "") for point in found.speed[1:]]
     return Table(
         title="What each pass contributed",
         note=f"The whole chain that ends in {report.ablation.stage}, against the same chain without the pass, from the "
@@ -84,10 +88,21 @@ def ablation_table(report: Report) -> Table | None:
     )
 
 
-def _paired(found: PairedSpeed, report: Report) -> tuple[str, str, str, str]:
-    ratio, why = found.ratio, why_undecided(found.ratio, found, report)
+def _paired(point: PairedSpeed, found: Contribution, report: Report) -> tuple[str, str, str, str]:
+    ratio, why = point.ratio, why_undecided(point.ratio, point, report)
     interval = times_interval(ratio.ratio, ratio, margin_of(report))
-    return point_in_words(found), times(ratio.ratio), interval, ratio.verdict + (f", {why}" if why else "")
+    said = [ratio.verdict, why]
+    if contradicts(found, point):
+        said = [f"contradiction: timed {ratio.verdict}, and yet {SAME_ARTIFACT}"]
+    elif found.same_artifact:
+        said.append(SAME_ARTIFACT)
+    elif _was_idle(found.stage, report):
+        said.append("its own stage changed nothing")
+    return point_in_words(point), times(ratio.ratio), interval, ", ".join(filter(None, said))
+
+
+def _was_idle(name: str, report: Report) -> bool:
+    return any(stage.name == name and is_idle(stage) for stage in report.stages)
 
 
 def _other_changes(found: Contribution) -> tuple[str, str, str]:

@@ -56,6 +56,7 @@ STYLES = {
     "slower": "red",
     "equivalent": "default",
     "inconclusive": "yellow",
+    "contradiction": "yellow",
     "identical": "green",
     "degraded": "yellow",
     "broken": "bold white on red",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.report.figures import MARGIN, floor_share, percent
-from pipeline.report.schema import PairedSpeed, Ratio, Report, Schedule, Speed, StageReport
+from pipeline.report.figures import MARGIN, floor_share, noise_floor_in_words
+from pipeline.report.schema import Contribution, PairedSpeed, Ratio, Report, Schedule, Speed, StageReport
 
 ENDINGS = {
     "decided": "because all was decided",
@@ -49,6 +49,11 @@ def is_contradicted(stage: StageReport, point: Speed, report: Report) -> bool:
     return is_idle(stage) and ratio is not None and ratio.verdict in {"faster", "slower"}
 
 
+def contradicts(found: Contribution, point: PairedSpeed) -> bool:
+    """Whether a chain was timed faster or slower than the chain without a pass although both are one artifact."""
+    return found.same_artifact and point.ratio.verdict in {"faster", "slower"}
+
+
 def why_undecided(ratio: Ratio, point: Speed | PairedSpeed, report: Report) -> str:
     """What keeps an inconclusive ratio from a verdict; empty where nothing more is known than its interval."""
     if ratio.verdict != "inconclusive":
@@ -57,9 +62,9 @@ def why_undecided(ratio: Ratio, point: Speed | PairedSpeed, report: Report) -> s
     if floor is None:
         told.append("the noise floor is not known")
     elif lies_inside(floor, ratio.low, ratio.high):
-        told.append(f"inside the noise floor of {percent(floor)}")
+        told.append(f"inside {noise_floor_in_words(floor)}")
     elif floor > margin_of(report) and _reaches(ratio, floor):  # a lower floor forbids no claim that the margin allows
-        told.append(f"reaches into the noise floor of {percent(floor)}")
+        told.append(f"reaches into {noise_floor_in_words(floor)}")
     if ratio.rounds_to_decide is not None:
         told.append(f"about {ratio.rounds_to_decide:,} rounds would decide")
     return ", ".join(told)
@@ -88,14 +93,14 @@ def counts_in_words(points: Sequence[Speed]) -> str:
 
 
 def schedule_in_words(schedule: Schedule) -> str:
-    """How many rounds ran, after which of the declared ones it was looked, and why they ended."""
+    """How many rounds ran, after which of the planned ones it was looked, and why they ended."""
     looks, taken = schedule.looks, schedule.looks[: schedule.looks_taken]
     ran = f"{_counted(schedule.rounds, 'round')} in {_counted(schedule.launches, 'launch', 'launches')}"
     declared = f"{_listed([f'{n:,}' for n in looks], ', ')} rounds" if looks else ""
     if not taken:
-        looked = "never looked whether all is decided" + (f" (declared: after {declared})" if declared else "")
+        looked = "never looked whether all is decided" + (f" (planned: after {declared})" if declared else "")
     elif len(taken) == len(looks):
-        looked = f"looked after {_listed([f'{n:,}' for n in taken])} rounds, as declared"
+        looked = f"looked after {_listed([f'{n:,}' for n in taken])} rounds, as planned"
     else:
         looked = f"looked after {_listed([f'{n:,}' for n in taken])} of {declared}"
     ended = ENDINGS[schedule.ended]

@@ -20,7 +20,7 @@ from pipeline.report.figures import (
 from pipeline.report.points import KINDS, apart, speed_at
 from pipeline.report.schema import BreakEven, Divergence, QualityRatio, Ratio, Report, Speed, StageReport
 from pipeline.report.speed_words import speed_clauses
-from pipeline.report.verdicts import is_contradicted, is_idle, margin_of, over_parent
+from pipeline.report.verdicts import contradicts, is_contradicted, is_idle, margin_of, over_parent
 
 MOST_NAMES = 3
 """Stages that a headline names; the rest is counted."""
@@ -37,6 +37,7 @@ def headline(report: Report) -> tuple[str, ...]:
                 _broken_line(report),
                 *(told or [_unmeasured_line(report)]),
                 *_contradictions(report),
+                *_idle_contributions(report),
                 *_flags(report),
                 _smallest(report),
                 _trouble(report),
@@ -88,20 +89,29 @@ def quality_clause(stage: StageReport, report: Report) -> str:
 
 def divergence_in_words(divergence: Divergence) -> str:
     """Where the layers leave the reference's; empty where none does."""
-    errors = {layer.layer: layer.relative_error for layer in divergence.layers}
-
-    def told(layer: str) -> str:
-        if layer not in errors:
-            return layer
-        error = errors[layer]
-        return f"{layer} ({'not finite' if error is None else f'relative error {error:.2g}'})"
-
-    if divergence.first is None:
+    layers = {layer.layer: layer for layer in divergence.layers}
+    first, most = divergence.first, divergence.most
+    if first is None:
         return ""
-    start = f"its values leave {divergence.reference}'s first at {told(divergence.first)}"
-    if divergence.most in {None, divergence.first}:
-        return start + (", which adds most, too" if divergence.most else "")
-    return f"{start}, and {told(str(divergence.most))} adds most"
+    at = layers.get(first)
+    error = f" ({_relative_error(at.relative_error)})" if at is not None else ""
+    start = f"its values leave {divergence.reference}'s first at {first}{error}"
+    if most is None:
+        return start
+    finite = all(layer.relative_error is not None for layer in divergence.layers)
+    known = finite and all(layer.added is not None for layer in divergence.layers)
+    if most in layers and known:  # the errors of single layers decided, not the one that has come together there
+        own = f"adds most, {layers[most].added:.2g} by itself"
+        return f"{start}, which {own}" if most == first else f"{start}, and {most} {own}"
+    if most == first:
+        return f"{start}, which adds most, too"
+    if most in layers and finite:
+        return f"{start}, and the error grows most at {most} (to {layers[most].relative_error:.2g})"
+    return f"{start}, and {most} adds most" + (" (not finite)" if most in layers else "")
+
+
+def _relative_error(error: float | None) -> str:
+    return "not finite" if error is None else f"relative error {error:.2g}"
 
 
 def earned_back(found: BreakEven | None) -> str:
@@ -290,8 +300,9 @@ def _price(stage: StageReport, report: Report) -> str:
 
 def _contradictions(report: Report) -> list[str]:
     """Stages that changed nothing and were timed otherwise, or told that they did something."""
-    timed = [s for s in report.stages if any(is_contradicted(s, p, report) for p in s.speed or ())]
-    told = [s for s in report.stages if contradiction(s)]
+    own = _own_stages(report)
+    timed = [s for s in own if any(is_contradicted(s, p, report) for p in s.speed or ())]
+    told = [s for s in own if contradiction(s)]
     lines = []
     for stage in timed[:MOST_NAMES]:
         ratios = [over_parent(stage, p, report) for p in stage.speed or () if is_contradicted(stage, p, report)]
@@ -301,15 +312,46 @@ def _contradictions(report: Report) -> list[str]:
             "nothing in the model explains it."
         )
     if len(timed) > MOST_NAMES:
-        lines.append(f"{len(timed) - MOST_NAMES} more stages that changed nothing were not timed so.")
+        more = len(timed) - MOST_NAMES
+        which = (
+            "1 more stage that changed nothing was" if more == 1 else f"{more} more stages that changed nothing were"
+        )
+        lines.append(f"Contradiction: {which} timed faster or slower, too.")
     lines += [f"Contradiction: {s.name}: {contradiction(s)}." for s in told[:MOST_NAMES]]
     if len(told) > MOST_NAMES:
-        lines.append(f"{len(told) - MOST_NAMES} more stages tell of other changes than were found.")
+        more = len(told) - MOST_NAMES
+        lines.append(f"{more} more {'stage tells' if more == 1 else 'stages tell'} of other changes than were found.")
     return lines
 
 
+def _idle_contributions(report: Report) -> list[str]:
+    """Passes of an ablated chain without which the chain ends in the same artifact."""
+    lines = []
+    for found in report.ablation.contributions if report.ablation else ():
+        if not found.same_artifact:
+            continue
+        timed = dict.fromkeys(point.ratio.verdict for point in found.speed if contradicts(found, point))
+        chain = f"the chain that ends in {report.ablation.stage if report.ablation else ''} is the same artifact"
+        if timed:
+            lines.append(
+                f"Contradiction: with and without {found.stage} {chain}, and yet with it was timed "
+                f"{' and '.join(timed)}; the pass did not do that."
+            )
+        else:
+            lines.append(f"{found.stage} contributed nothing: with and without it {chain}.")
+    if len(lines) > MOST_NAMES:
+        lines.sort(key=lambda line: not line.startswith("Contradiction"))
+        lines = [*lines[:MOST_NAMES], f"Of {len(lines) - MOST_NAMES} more passes the same is to be said."]
+    return lines
+
+
+def _own_stages(report: Report) -> list[StageReport]:
+    """The recipe's own stages: those that were made for an ablation alone are told of where it is told."""
+    return [stage for stage in report.stages if not is_extra(stage, report)]
+
+
 def _flags(report: Report) -> list[str]:
-    flagged = [s for s in report.stages if s.roofline and s.roofline.flag]
+    flagged = [s for s in _own_stages(report) if s.roofline and s.roofline.flag]
     if len(flagged) > MOST_NAMES:
         return [f"Look at {_listed([s.name for s in flagged])}: far from what the host can do."]
     return [f"Look at {s.name}: {s.roofline.flag}." for s in flagged if s.roofline]
@@ -328,7 +370,7 @@ def _smallest(report: Report) -> str:
 
 
 def _broken_line(report: Report) -> str:
-    broken = [s.name for s in report.stages if is_broken(s)]
+    broken = [s.name for s in _own_stages(report) if is_broken(s)]
     if not broken:
         return ""
     theirs, they = ("its", "it is") if len(broken) == 1 else ("their", "they are")
@@ -338,7 +380,7 @@ def _broken_line(report: Report) -> str:
 def _trouble(report: Report) -> str:
     words = []
     for status in ("failed", "skipped", "unmeasured"):
-        if names := [s.name for s in report.stages if s.status == status]:
+        if names := [s.name for s in _own_stages(report) if s.status == status]:
             word = "Not measured" if status == "unmeasured" else status.capitalize()
             words.append(f"{word}: {_listed(names)}.")
     results = [g.result for g in report.gates]

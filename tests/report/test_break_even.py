@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.report.break_even import break_even, cost_of
-from pipeline.report.schema import BreakEven, Report
+from pipeline.report.schema import BreakEven, Effect, Report
 
 SOURCES = {"source": (), "export_onnx": ("source",), "int4": ("export_onnx",), "both": ("int4", "export_onnx")}
 
@@ -49,6 +49,24 @@ def test_what_the_baseline_needs_itself_is_no_cost(report: Report) -> None:
 @pytest.mark.parametrize("name", ["source", "int4", "same", "bad"])
 def test_what_is_not_faster_or_was_not_measured_earns_nothing(name: str, report: Report) -> None:
     assert of(name, report) is None
+
+
+def changed(report: Report, name: str, **more: object) -> Report:
+    stages = [s.model_copy(update=more) if s.name == name else s for s in report.stages]
+    return report.model_copy(update={"stages": tuple(stages)})
+
+
+def test_what_changed_nothing_and_was_timed_faster_earns_nothing(report: Report) -> None:
+    costs = with_costs(report, export_onnx=60.0)
+    assert of("export_onnx", costs) is not None
+    assert of("export_onnx", changed(costs, "export_onnx", effect=Effect(kind="none", nodes=(132, 132)))) is None
+
+
+def test_garbage_earns_nothing_however_fast_it_is(report: Report) -> None:
+    costs = with_costs(report, export_onnx=60.0, garbage=3.0)
+    sources = {**SOURCES, "garbage": ("export_onnx",)}
+    assert of("garbage", costs, sources) is None
+    assert of("garbage", changed(costs, "garbage", quality=None), sources) is not None
 
 
 def test_a_cost_that_nobody_recorded_is_not_guessed(report: Report) -> None:

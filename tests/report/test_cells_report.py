@@ -138,7 +138,47 @@ def test_a_pass_that_matched_no_node_is_shown_with_0_of_155_nodes(cells: CellsRe
 def test_a_stage_that_changed_nothing_and_is_called_faster_is_told_to_contradict_itself() -> None:
     found = built(outcome(0, report(0.1, 1, ratio(1.22, 0.01, "faster"))))
     for page in (render_cells_markdown(found), render_cells_html(found)):
-        assert "it changed nothing: whatever made it faster, the pass did not" in page
+        assert "contradiction: it changed nothing: whatever made it faster than export_onnx, the pass did not" in page
+    assert words.headline(found)[1:] == [
+        f"fuse changed nothing (0 of 155 nodes): +22.0 % in hidden_size 512, evil {EVIL} (CONTRADICTION: timed faster)."
+    ]
+
+
+def from_another(over_baseline: dict[str, Any], over_parent: dict[str, Any]) -> Report:
+    """The stage changed nothing of export_onnx; the baseline is the source, and export_onnx 20 times as fast."""
+    data = json.loads(report(0.1, 1, over_baseline).to_json()) | {"baseline": "source"}
+    data["stages"][2]["speed"][0]["vs_parent"] = over_parent
+    return Report.model_validate(data)
+
+
+def test_what_changed_nothing_and_is_as_fast_as_its_parent_is_no_contradiction_however_fast_that_is() -> None:
+    faster, same = ratio(20.0, 0.1, "faster"), ratio(1.001, 0.004, "equivalent")
+    found = built(outcome(0, from_another(faster, same))).model_copy(update={"baseline": "source"})
+    figure = found.points[0].stages[-1].figures[0]
+    assert (figure.contradicted, words.contradiction(figure)) == (False, None)
+    assert "+0.1 % against export_onnx in hidden_size 512" in words.headline(found)[1]
+    assert "+1,900" not in words.headline(found)[1]
+    assert "contradiction" not in render_cells_markdown(found).lower()
+
+
+def test_what_changed_nothing_and_is_slower_than_its_parent_is_one_though_it_is_as_fast_as_the_baseline() -> None:
+    same, slower = ratio(1.001, 0.004, "equivalent"), ratio(0.9, 0.01, "slower")
+    found = built(outcome(0, from_another(same, slower))).model_copy(update={"baseline": "source"})
+    told = words.contradiction(found.points[0].stages[-1].figures[0])
+    assert told == "contradiction: it changed nothing: whatever made it slower than export_onnx, the pass did not"
+    assert "(CONTRADICTION: timed slower)" in words.headline(found)[1]
+
+
+def test_of_many_cells_the_contradictions_are_counted() -> None:
+    cells = [outcome(i, report(0.1, 1, ratio(1.22, 0.01, "faster" if i else "inconclusive"))) for i in range(5)]
+    assert "faster in 4 cells, CONTRADICTION in 4, for there it changed nothing" in words.headline(built(*cells))[0]
+
+
+def test_cells_that_are_still_to_run_are_counted(cells: CellsReport) -> None:
+    assert not any("Not complete" in line for line in words.headline(cells))
+    some = built(outcome(0, report(0.1, 1, ratio(1, 0.1, "inconclusive"))))
+    assert words.headline(some)[0] == "Not complete: 1 of 3 cells have been run."
+    assert "1 of 3 cells ran" in render_cells_html(some)
 
 
 def test_a_cell_that_failed_is_there_with_its_reason(cells: CellsReport) -> None:
@@ -241,6 +281,15 @@ def test_what_a_stage_changed_is_told_with_its_numbers(effect: dict[str, Any], t
 )
 def test_no_end_of_an_interval_is_rounded_across_zero_or_the_margin(value: float, told: str) -> None:
     assert words.signed(value) == told
+
+
+def test_the_margin_of_the_recipe_is_the_edge_that_figures_keep_their_side_of() -> None:
+    assert (words.signed(1.02997), words.signed(1.02997, 0.03)) == ("+3.0", "+2.997")
+    assert (words.signed(0.97083), words.signed(0.97083, 0.03)) == ("−2.9", "−2.92")  # 1 / 1.03 is −2.913 %
+    data = json.loads(report(0.1, 1, ratio(1.0, 0.02997, "equivalent")).to_json())
+    data["schedule"]["margin"] = 0.03
+    page = render_cells_markdown(built(outcome(0, Report.model_validate(data))))
+    assert "(−3.0 to +2.997 %)" in page  # the edge below is −2.913 %
 
 
 def test_labels_are_short_and_durations_have_units() -> None:

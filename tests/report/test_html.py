@@ -283,7 +283,7 @@ def test_whole_passes_are_shown_wherever_decode_and_prefill_are() -> None:
     page = Page(render_html(forward_report()))
     assert "Forward pass of 1024 tokens, batch 2" in page.text
     assert "45.4 ms a pass" in page.text
-    assert "61 rounds in 5 launches; never looked whether all is decided (declared: after 100 rounds)" in page.text
+    assert "61 rounds in 5 launches; never looked whether all is decided (planned: after 100 rounds)" in page.text
     assert page.misnested == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -17,10 +18,14 @@ from pipeline.report.figures import megabytes
 from pipeline.report.gates import METRICS, Condition, evaluate_gate
 from pipeline.report.schema import (
     BreakEven,
+    Effect,
     GateResult,
     ModelFacts,
+    NoiseFloor,
+    Ratio,
     Report,
     Roofline,
+    Schedule,
     SlowNodes,
     Speed,
     report_json_schema,
@@ -108,7 +113,7 @@ def test_a_gate_over_a_stage_that_failed_is_not_evaluated_and_says_why(report: R
 
 @pytest.mark.parametrize("name", sorted(METRICS))
 def test_every_metric_reads_the_measured_baseline_or_says_nothing(name: str, report: Report) -> None:
-    bounds = METRICS[name].read(report.stage("source"), {}, report.stage("source"))
+    bounds = METRICS[name].read(report.stage("source"), {}, report)
     assert all(math.isfinite(b.low) and b.low <= b.high for b in bounds)
     assert bounds or name in {
         "decode_speedup",
@@ -149,7 +154,8 @@ def in_full(report: Report) -> Report:
         ),
     }
     stages = tuple(s.model_copy(update=update) if s.name == "int4" else s for s in report.stages)
-    return report.model_copy(update={"stages": stages})
+    floor = NoiseFloor(kind="forward", batch=1, prompt=128, ratio_low=0.996, ratio_high=1.004)
+    return report.model_copy(update={"stages": stages, "noise_floor": (*report.noise_floor, floor)})
 
 
 @pytest.mark.parametrize(
@@ -171,6 +177,119 @@ def in_full(report: Report) -> Report:
 def test_a_gate_reads_a_newer_figure(text: str, observed: float, report: Report) -> None:
     found = gate(text, in_full(report))
     assert (found.result, found.observed) == ("passed", pytest.approx(observed))
+
+
+def timed(
+    report: Report,
+    low: float,
+    high: float,
+    verdict: str,
+    *,
+    floor: tuple[float, float] | None = (0.98, 1.02),
+    fits: bool = True,
+    over_parent: tuple[float, float, str] | None = None,
+    **more: Any,
+) -> Report:
+    """The report with one decode speed at `int4`, and the noise floor of decode."""
+    stage = report.stage("int4")
+
+    def ratio(low: float, high: float, verdict: str) -> Ratio:
+        return Ratio.model_validate({"ratio": (low * high) ** 0.5, "low": low, "high": high, "verdict": verdict})
+
+    changes = {"vs_baseline": ratio(low, high, verdict), "vs_parent": ratio(*over_parent) if over_parent else None}
+    point = stage.speed[1].model_copy(update=changes)  # type: ignore[index]
+    stages = [s.model_copy(update={"speed": (point,), **more}) if s is stage else s for s in report.stages]
+    floors = [NoiseFloor(kind="decode", batch=1, prompt=128, ratio_low=floor[0], ratio_high=floor[1])] if floor else []
+    schedule = Schedule(
+        budget_s=60, margin=0.01, looks=(12,), looks_taken=1, rounds=12, launches=3, ended="looks", fits=fits
+    )
+    return report.model_copy(update={"stages": tuple(stages), "noise_floor": tuple(floors), "schedule": schedule})
+
+
+@pytest.mark.parametrize(
+    ("text", "interval", "verdict", "result"),
+    [
+        ("int4.decode_speedup >= 1.05", (1.06, 1.09), "faster", "passed"),
+        ("int4.decode_speedup >= 1.05", (1.06, 1.09), "inconclusive", "failed"),  # the report claims nothing
+        ("int4.decode_speedup > 1", (1.001, 1.09), "inconclusive", "failed"),
+        ("int4.decode_speedup >= 1", (1.001, 1.09), "inconclusive", "failed"),  # inside the floor of 2 %
+        ("int4.decode_speedup >= 1", (1.021, 1.09), "inconclusive", "passed"),
+        ("int4.decode_speedup >= 0.99", (0.995, 1.005), "inconclusive", "failed"),  # nearer to 1 than the floor
+        ("int4.decode_speedup >= 0.95", (0.96, 1.005), "inconclusive", "passed"),  # not slower: the floor is smaller
+        ("int4.decode_speedup >= 0.95", (0.94, 1.005), "inconclusive", "failed"),
+        ("int4.decode_speedup <= 0.9", (0.8, 0.85), "slower", "passed"),
+        ("int4.decode_speedup <= 0.9", (0.8, 0.85), "inconclusive", "failed"),
+        ("int4.decode_speedup <= 1.01", (0.995, 1.005), "equivalent", "failed"),
+        ("int4.decode_speedup <= 1.05", (0.995, 1.04), "inconclusive", "passed"),
+    ],
+)
+def test_a_gate_on_a_speed_up_passes_on_nothing_that_the_report_does_not_claim(
+    text: str, interval: tuple[float, float], verdict: str, result: str, report: Report
+) -> None:
+    found = gate(text, timed(report, *interval, verdict))
+    assert found.result == result
+    assert found.observed == interval[0 if ">" in text else 1]
+
+
+def test_a_gate_that_the_noise_keeps_from_passing_says_so(report: Report) -> None:
+    found = gate("int4.decode_speedup >= 1.05", timed(report, 1.06, 1.4, "inconclusive", floor=(0.6, 1.5)))
+    assert found.reason == "inconclusive: inside the noise floor of 66.7 %"
+    assert "2.0 %" in str(gate("int4.decode_speedup >= 0.99", timed(report, 0.995, 1.0, "equivalent")).reason)
+    wild = timed(report, 0.96, 1.0, "inconclusive", floor=(1e-7, 1e7))
+    assert gate("int4.decode_speedup >= 0.95", wild).reason == (
+        "nearer to 1 than a noise floor that is beyond all use: not shown"
+    )
+
+
+@pytest.mark.parametrize(("more", "told"), [({"fits": False}, "budget"), ({"floor": None}, "noise floor is not known")])
+def test_without_evidence_a_gate_on_a_speed_up_is_not_evaluated(
+    more: dict[str, Any], told: str, report: Report
+) -> None:
+    found = gate("int4.decode_speedup >= 1.05", timed(report, 1.06, 1.09, "faster", **more))
+    assert found.result == "not_evaluated"
+    assert told in str(found.reason)
+
+
+NONE = {"effect": Effect(kind="none", nodes=(102, 102))}
+
+
+def test_what_changed_nothing_passes_no_gate_that_its_parent_would_not_pass(report: Report) -> None:
+    """export_onnx decodes 2.5 to 2.56 times as fast as the baseline; int4 is made from it."""
+    found = timed(report, 2.9, 3.0, "faster", over_parent=(1.15, 1.2, "faster"), **NONE)
+    assert gate("int4.decode_speedup >= 2.45", found).result == "passed"
+    assert gate("int4.decode_speedup_over_parent >= 0.95", found).result == "passed"
+    for text in ("int4.decode_speedup >= 2.7", "int4.decode_speedup_over_parent >= 1.1"):
+        told = gate(text, found)
+        assert told.result == "failed"
+        assert told.reason == "it changed nothing, so that it is as fast as export_onnx: the difference is noise"
+    changed = timed(report, 2.9, 3.0, "faster", over_parent=(1.15, 1.2, "faster"))
+    assert gate("int4.decode_speedup >= 2.7", changed).result == "passed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["decode_speedup >= 0.1", "decode_tokens_per_s > 1", "decode_latency_s < 9", "mbu >= 0", "break_even_tokens < 1e9"],
+)
+def test_a_stage_that_failed_while_it_was_measured_passes_no_gate_on_its_speed(text: str, report: Report) -> None:
+    more = {
+        "roofline": Roofline(mbu=0.3),
+        "break_even": BreakEven(cost_s=1.0, tokens=9, low=8, high=10, kind="decode"),
+    }
+    whole = timed(report, 1.06, 1.09, "faster", **more)
+    assert gate(f"int4.{text}", whole).result == "passed"
+    late = timed(report, 1.06, 1.09, "faster", status="unmeasured", reason="its process died in round 9", **more)
+    assert gate(f"int4.{text}", late) == GateResult(
+        gate=f"int4.{text}", result="not_evaluated", reason="its process died in round 9"
+    )
+    assert gate("int4.size_bytes > 1", late).result == "passed"
+
+
+def test_what_nothing_explains_and_what_is_broken_is_never_earned_back(report: Report) -> None:
+    changed = timed(report, 1.06, 1.09, "faster", over_parent=(1.06, 1.09, "faster"))
+    assert gate("int4.break_even_tokens <= 1e18", changed).result == "not_evaluated"  # its cost is not known
+    idle = timed(report, 1.06, 1.09, "faster", over_parent=(1.06, 1.09, "faster"), **NONE)
+    assert gate("int4.break_even_tokens <= 1e18", idle).result == "failed"
+    assert gate("garbage.break_even_tokens <= 1e18", report).result == "failed"
 
 
 def test_what_is_never_earned_back_fails_every_bound(report: Report) -> None:

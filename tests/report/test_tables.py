@@ -47,7 +47,9 @@ def test_the_ablation_has_a_line_for_every_pass_and_point() -> None:
         "−41.0 kB",
     )
     assert longer[1:5] == ("decode of 256 tokens after 128, batch 1", "1.28 ×", "1.24–1.32", "faster")
-    assert cleanup[4] == "inconclusive, inside the noise floor of 1.6 %, about 190 rounds would decide"
+    assert cleanup[4] == (
+        "inconclusive, inside the noise floor of 1.6 %, about 190 rounds would decide, its own stage changed nothing"
+    )
     assert export[1] == f"fuse_attention takes onnx {HOSTILE}"
     assert set(export[2:]) == {"–"}
     assert ablation_table(RICH.model_copy(update={"ablation": None})) is None

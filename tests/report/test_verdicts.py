@@ -29,6 +29,7 @@ def ratio(low: float, high: float, **more: object) -> Ratio:
     [
         (ratio(0.99, 1.01), 0.016, "inside the noise floor of 1.6 %"),
         (ratio(1.013, 1.03, inside_floor=True), 0.016, "reaches into the noise floor of 1.6 %"),
+        (ratio(1e-6, 1e6), 1e7, "inside a noise floor that is beyond all use"),
         (ratio(1.21, 1.59), 0.46, "reaches into the noise floor of 46.0 %"),
         (ratio(0.8, 1.59), 0.016, "reaches into the noise floor of 1.6 %"),
         (ratio(1.005, 1.03, inside_floor=True), 0.006, ""),  # it is the margin that it reaches into
@@ -67,13 +68,13 @@ def test_an_undecided_ratio_says_why(found: Ratio, floor: float | None, expected
             (12, 30),
             2,
             "looks",
-            "30 rounds in 6 launches; looked after 12 and 30 rounds, as declared; ended with the last look",
+            "30 rounds in 6 launches; looked after 12 and 30 rounds, as planned; ended with the last look",
         ),
         (
             (100,),
             0,
             "budget",
-            "30 rounds in 6 launches; never looked whether all is decided (declared: after 100 rounds); "
+            "30 rounds in 6 launches; never looked whether all is decided (planned: after 100 rounds); "
             "ended because the budget of 60 s was used up",
         ),
     ],

@@ -339,8 +339,10 @@ def test_break_even_is_told_with_its_interval(
     assert earned_back(None) == "–"
 
 
-def diverging(first: str | None, most: str | None, errors: dict[str, float | None]) -> str:
-    layers = [{"layer": name, "relative_error": error} for name, error in errors.items()]
+def diverging(
+    first: str | None, most: str | None, errors: dict[str, float | None], added: dict[str, float] | None = None
+) -> str:
+    layers = [{"layer": n, "relative_error": error, "added": (added or {}).get(n)} for n, error in errors.items()]
     return divergence_in_words(
         Divergence.model_validate({"reference": "fused", "tokens": 5, "layers": layers, "first": first, "most": most})
     )
@@ -349,7 +351,15 @@ def diverging(first: str | None, most: str | None, errors: dict[str, float | Non
 def test_the_layer_where_quality_fell_is_named() -> None:
     errors = {"layer 0": 0.021, "layer 1": 0.17}
     assert diverging("layer 0", "layer 1", errors) == (
-        "its values leave fused's first at layer 0 (relative error 0.021), and layer 1 (relative error 0.17) adds most"
+        "its values leave fused's first at layer 0 (relative error 0.021), "
+        "and the error grows most at layer 1 (to 0.17)"
+    )
+    # 0.17 came together on the way: what decided is what each layer does by itself
+    assert diverging("layer 0", "layer 1", errors, {"layer 0": 0.021, "layer 1": 0.09}) == (
+        "its values leave fused's first at layer 0 (relative error 0.021), and layer 1 adds most, 0.09 by itself"
+    )
+    assert diverging("layer 0", "layer 0", errors, {"layer 0": 0.021, "layer 1": 0.009}) == (
+        "its values leave fused's first at layer 0 (relative error 0.021), which adds most, 0.021 by itself"
     )
     assert diverging("layer 1", "layer 1", {"layer 1": None}) == (
         "its values leave fused's first at layer 1 (not finite), which adds most, too"
