@@ -212,3 +212,50 @@ def test_the_baseline_and_a_stage_of_its_artifact_are_told_apart_whoever_was_sco
     assert kept is not None
     assert kept.vs_baseline is not None
     assert kept.vs_baseline.verdict == "identical"
+
+
+UNREADABLE = """
+import json
+import onnx
+from onnx import helper
+from pipeline import Artifact, Component, Interface, Manifest, Pass
+
+def graph(context, data):
+    files = {"model.onnx": context.output.file("model.onnx", data)}
+    return Manifest(format="onnx", components={"model": Component(format="onnx", files=files)}, interface=Interface())
+
+class Garbage(Pass):
+    "Writes no graph."
+    name = "garbage"
+    accepts, produces = frozenset({"torch"}), "onnx"
+    def run(self, artifact, params, context):
+        return Artifact(graph(context, b"no graph"), artifact.blobs)
+
+class Mended(Pass):
+    "Writes a graph."
+    name = "mended"
+    accepts, produces = frozenset({"onnx"}), "onnx"
+    def run(self, artifact, params, context):
+        y = helper.make_tensor_value_info("y", 1, [1])
+        node = helper.make_node("Constant", [], ["y"], value_floats=[1.0])
+        model = helper.make_model(helper.make_graph([node], "g", [], [y]), ir_version=10)
+        return Artifact(graph(context, model.SerializeToString()), artifact.blobs)
+"""
+
+
+def test_what_cannot_be_compared_with_its_parent_is_not_failed_by_that(
+    tmp_path: Path, checkpoint: Path, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"garbage": "unreadable_passes:Garbage", "mended": "unreadable_passes:Mended"}
+    install(tmp_path, "unreadable_passes", UNREADABLE, names)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"version: 1\nname: r\nmodel: {{path: {checkpoint}}}\npasses: [{{pass: garbage}}, {{pass: mended}}]\n"
+    )
+    report = run(load_recipe(recipe), store=Store(tmp_path / "store"), runs=tmp_path / "runs", measure=False).report
+    assert report.stage("garbage").status == "failed"
+    assert "its artifact cannot be read" in str(report.stage("garbage").reason)
+    assert (report.stage("mended").status, report.stage("mended").effect) == ("ran", None)
+    assert any(note.startswith("what mended changed is not known: ") for note in report.notes)

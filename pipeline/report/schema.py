@@ -202,7 +202,7 @@ class Effect(Part):
     modules: dict[str, tuple[int, int]] = Field(
         default_factory=dict, description="torch: modules by class, before and after, where the number changed"
     )
-    parameters: tuple[int, int] | None = Field(None, description="numbers in the weights: before, after")
+    parameters: tuple[int, int] | None = Field(None, description="numbers in weights of more than 256: before, after")
     region: Region | None = Field(None, description="the changed nodes of one layer; null: no graph, or none changed")
     contradiction: str | None = Field(None, description="where the pass tells of more than was found, or of less")
 

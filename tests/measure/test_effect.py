@@ -522,6 +522,15 @@ def test_another_default_of_a_functions_attribute_is_another_graph(tmp_path: Pat
 def test_large_constants_of_a_function_are_weights(tmp_path: Path) -> None:
     one, other = (with_function(tmp_path / str(value), large_constant(value), p=0.1, q=0.9) for value in (1.0, 2.0))
     assert effect(one, other).kind == "weights"
+    longer = [
+        edited(artifact, tmp_path / f"longer-{number}", one_more_identity)
+        for number, artifact in enumerate((one, other))
+    ]
+    assert [effect(one, after).kind for after in longer] == ["graph", "weights"]
+
+
+def one_more_identity(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Identity", [model.graph.node[-1].output[0]], ["more"]))
 
 
 def test_nodes_of_a_function_are_counted(before: Artifact, tmp_path: Path) -> None:
