@@ -36,31 +36,43 @@ def outcome_of(recipe: Recipe, result: RunResult) -> CellOutcome:
     )
 
 
-def write_cells(recipe: Recipe, outcomes: Sequence[CellOutcome], *, exit_code: int, runs: Path) -> Path:
-    """Write cells.html, .md and .json to a new folder `runs/NAME/cells-ID`, whole or not at all; returns the folder.
+class CellsFolder:
+    """The folder `runs/NAME/cells-ID` of a report over cells, which is there from the first cell on.
 
-    Raises: OSError where it cannot be written.
+    Each time it is written, whoever looks finds the files of before or those of now, whole, the page last but one and
+    cells.json last: what ends a run between two cells leaves the report over those that ran.
     """
-    identity = new_id()
-    report = build_cells_report(
-        outcomes,
-        recipe=recipe.name,
-        description=recipe.description,
-        baseline=recipe.evaluate.baseline,
-        identity=identity,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        exit_code=exit_code,
-    )
-    finished = runs / recipe.name / f"cells-{identity}"
-    aside = finished.with_name(f".{finished.name}")
-    aside.mkdir(parents=True)
-    try:
-        _write(report, aside)
-        aside.rename(finished)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return finished
+
+    def __init__(self, recipe: Recipe, runs: Path) -> None:
+        self._recipe = recipe
+        self._id = new_id()
+        self.path = runs / recipe.name / f"cells-{self._id}"
+
+    def write(self, outcomes: Sequence[CellOutcome], *, exit_code: int) -> None:
+        """Write cells.html, .md and .json over the cells that have been run so far.
+
+        Raises: OSError where they cannot be written.
+        """
+        report = build_cells_report(
+            outcomes,
+            recipe=self._recipe.name,
+            description=self._recipe.description,
+            baseline=self._recipe.evaluate.baseline,
+            identity=self._id,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            exit_code=exit_code,
+        )
+        aside = self.path.with_name(f".{self.path.name}")
+        aside.mkdir(parents=True)
+        try:
+            _write(report, aside)
+            if not self.path.exists():
+                aside.rename(self.path)
+                return
+            for name in (CELLS_MARKDOWN, CELLS_HTML, CELLS_JSON):
+                (aside / name).replace(self.path / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(report: CellsReport, folder: Path) -> None:

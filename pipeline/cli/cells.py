@@ -48,6 +48,8 @@ def for_each_cell(
             print_json(value)
         return code
     codes, values = [], []
+    if recipes[0].cell is None:
+        typer.echo("the recipe has no matrix: there is one cell only, and no report over cells", err=True)
     for recipe in recipes:
         if recipe.cell is not None and not json:
             typer.secho(heading(recipe.cell), bold=True)

@@ -18,8 +18,10 @@ WIDTH_WITHOUT_TERMINAL = 120
 
 def fail(error: PipelineError) -> int:
     """Print the error for the person who has to act on it; return its exit code."""
+    from pipeline.report.figures import printable
+
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(str(error), err=True)
+    typer.echo(printable(str(error)), err=True)
     return error.exit_code
 
 

@@ -37,8 +37,8 @@ def run_verb(
     --cell all also one report over all cells, runs/NAME/cells-ID/cells.html, .md and .json.
     """
     from pipeline.ablation import end_of_chain
-    from pipeline.cells import CELLS_HTML, CELLS_JSON, CELLS_MARKDOWN, outcome_of, write_cells
-    from pipeline.cli.cells import ALL, chosen_recipes, for_each_cell
+    from pipeline.cells import CELLS_HTML, CELLS_JSON, CELLS_MARKDOWN, CellsFolder, outcome_of
+    from pipeline.cli.cells import ALL, chosen_recipes, for_each_cell, worst
     from pipeline.cli.live import LiveDisplay
     from pipeline.cli.output import console
     from pipeline.errors import PipelineError, RecipeError
@@ -54,6 +54,13 @@ def run_verb(
         )
     recipes = chosen_recipes(recipe, set_, cell)
     outcomes: list[CellOutcome] = []
+    over_cells = CellsFolder(recipes[0], runs) if cell == ALL and recipes[0].cell is not None else None
+
+    def keep(outcome: CellOutcome) -> None:
+        """The report over the cells is written after each: what ends the next one leaves it whole."""
+        outcomes.append(outcome)
+        if over_cells is not None:
+            over_cells.write(outcomes, exit_code=worst(each.exit_code for each in outcomes))
 
     def run_whole(loaded: Recipe) -> RunResult:
         with LiveDisplay() as display:
@@ -73,10 +80,10 @@ def run_verb(
             result = run_whole(loaded)
         except PipelineError as error:
             if loaded.cell is not None:
-                outcomes.append(CellOutcome(cell=loaded.cell, exit_code=error.exit_code, error=str(error)))
+                keep(CellOutcome(cell=loaded.cell, exit_code=error.exit_code, error=str(error)))
             raise
         if loaded.cell is not None:
-            outcomes.append(outcome_of(loaded, result))
+            keep(outcome_of(loaded, result))
         if not json:
             render(result.report, console())
             typer.echo(f"report: {result.folder / HTML}  ({MARKDOWN}, {REPORT})")
@@ -85,7 +92,6 @@ def run_verb(
         return result.exit_code, result.report.model_dump(mode="json", by_alias=True)
 
     code = for_each_cell(recipes, cell, run_one, json=json)
-    if cell == ALL and outcomes:
-        folder = write_cells(recipes[0], outcomes, exit_code=code, runs=runs)
-        typer.echo(f"all cells: {folder / CELLS_HTML}  ({CELLS_MARKDOWN}, {CELLS_JSON})", err=json)
+    if over_cells is not None:
+        typer.echo(f"all cells: {over_cells.path / CELLS_HTML}  ({CELLS_MARKDOWN}, {CELLS_JSON})", err=json)
     return code

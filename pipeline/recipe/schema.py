@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.errors import Location
 from pipeline.measure.looks import LEAST_ROUNDS
 from pipeline.recipe.positions import Positions
 from pipeline.report.schema import Cell
+
+COMPARISONS_FOLDER = "comparisons"
+"""The folder beside those of the recipes' runs."""
 
 SOURCE = "source"
 """The first stage: the untouched model."""
@@ -233,6 +236,13 @@ class RecipeModel(Part):
     export: str | None = Field(None, description="the stage whose model lands in the run's model/ folder")
     evaluate: Evaluation = Field(Evaluation(), description="how the stages are compared")
     gates: list[str] = Field(default_factory=list, description="STAGE.METRIC[{kind selector}] OP NUMBER")
+
+    @field_validator("name")
+    @classmethod
+    def _has_a_folder_of_its_own(cls, name: str) -> str:
+        if name.lower() == COMPARISONS_FOLDER:  # some file systems take them for one
+            raise ValueError(f"no recipe can be named {name!r}: that is the folder of what `pipeline compare` writes")
+        return name
 
 
 class RecipeFile(RecipeModel):

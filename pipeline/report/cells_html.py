@@ -9,6 +9,7 @@ from pipeline.report import cells_words as words
 from pipeline.report import figures
 from pipeline.report.cells_report import CellsReport, PointOverCells, floor_of
 from pipeline.report.html import SYMBOLS, data_link
+from pipeline.report.printable import without_controls
 from pipeline.report.time_chart import TimeChart, time_chart
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -28,6 +29,7 @@ class PointPanel(NamedTuple):
 
 def render_cells_html(report: CellsReport) -> str:
     """The whole page."""
+    exact, report = report, without_controls(report)
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -44,7 +46,7 @@ def render_cells_html(report: CellsReport) -> str:
         symbols=SYMBOLS,
         headline=words.headline(report),
         panels=[_panel(i, point, report) for i, point in enumerate(report.points)],
-        json_link=data_link("application/json", report.to_json()),
+        json_link=data_link("application/json", exact.to_json()),
     )
     return page + "\n"
 

@@ -8,10 +8,12 @@ from pipeline.report import cells_words as words
 from pipeline.report.cells_report import CellsReport, PointOverCells, floor_of
 from pipeline.report.figures import megabytes
 from pipeline.report.markdown import plain, table
+from pipeline.report.printable import without_controls
 
 
 def render_cells_markdown(report: CellsReport) -> str:
     """The whole page."""
+    report = without_controls(report)
     parts = [_head(report), _cells(report), *(_point(point, report) for point in report.points)]
     return "\n\n".join("\n".join(part) for part in map(list, parts) if part) + "\n"
 

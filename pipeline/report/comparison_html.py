@@ -9,6 +9,7 @@ from pipeline.report import comparison_words as words
 from pipeline.report.charts import Tick, Whisker, ratio_axis, whisker
 from pipeline.report.comparison import ComparedSpeed, ComparedStage, Comparison
 from pipeline.report.html import SYMBOLS, data_link
+from pipeline.report.printable import without_controls
 from pipeline.report.schema import PointKey
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -33,6 +34,7 @@ class Chart(NamedTuple):
 
 def render_comparison_html(comparison: Comparison) -> str:
     """The whole page."""
+    exact, comparison = comparison, without_controls(comparison)
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -49,7 +51,7 @@ def render_comparison_html(comparison: Comparison) -> str:
         headline=words.headline(comparison),
         outcome=words.outcome(comparison),
         charts=_charts(comparison),
-        json_link=data_link("application/json", comparison.to_json()),
+        json_link=data_link("application/json", exact.to_json()),
     )
     return page + "\n"
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pipeline.report import comparison_words as words
 from pipeline.report.comparison import Comparison
 from pipeline.report.markdown import code, plain, table
+from pipeline.report.printable import without_controls
 
 
 def render_comparison_markdown(comparison: Comparison) -> str:
     """The whole page."""
+    comparison = without_controls(comparison)
     parts = [_head(comparison), _speed(comparison), _others(comparison), _where(comparison)]
     return "\n\n".join("\n".join(part) for part in map(list, parts) if part) + "\n"
 

@@ -9,11 +9,13 @@ from rich.table import Table
 
 from pipeline.report import comparison_words as words
 from pipeline.report.comparison import Comparison
+from pipeline.report.printable import without_controls
 from pipeline.report.terminal import STYLES
 
 
 def render_comparison(comparison: Comparison, console: Console) -> None:
     """Print all of it."""
+    comparison = without_controls(comparison)
     for unlike in comparison.forced:
         console.print(f"[bold red]not comparable[/] {escape(words.difference_in_words(unlike))}", soft_wrap=True)
     for note in comparison.notes:

@@ -37,7 +37,7 @@ def find_run(run: str, runs: Path) -> Path:
     for folder in (given, runs / run / LATEST, runs / run):
         if (folder / REPORT).is_file():
             return folder
-    known = [p.parent.name for p in runs.glob(f"*/{LATEST}")] if runs.is_dir() else []
+    known = [p.parent.parent.name for p in runs.glob(f"*/{LATEST}/{REPORT}")] if runs.is_dir() else []
     raise RecipeError(f"there is no run {run}", hint=did_you_mean(run, known, noun=f"recipes with runs in {runs}"))
 
 

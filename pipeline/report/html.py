@@ -20,6 +20,7 @@ from pipeline.report.effects import effect_in_words
 from pipeline.report.graph_drawing import STYLE as REGION_STYLE
 from pipeline.report.machines import host_facts, target_facts
 from pipeline.report.points import apart, first_points, point_in_words, speed_at
+from pipeline.report.printable import without_controls
 from pipeline.report.schema import (
     PlainRatio,
     Report,
@@ -87,6 +88,7 @@ class CostRow(NamedTuple):
 
 def render_html(report: Report) -> str:
     """The whole page."""
+    exact, report = report, without_controls(report)
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -143,8 +145,7 @@ def render_html(report: Report) -> str:
         random_weights=words.has_random_weights(report),
         effect_in_words=effect_in_words,
         is_broken=words.is_broken,
-        floor_share=figures.floor_share,
-        report_link=data_link("application/json", report.to_json()),
+        report_link=data_link("application/json", exact.to_json()),
         csv_link=data_link("text/csv", speed_csv(report)),
     )
     return page + "\n"
@@ -152,8 +153,9 @@ def render_html(report: Report) -> str:
 
 def outcome(report: Report) -> tuple[str, str]:
     """(a style, words) for the run as a whole."""
-    broken = sum(map(words.is_broken, report.stages))
-    failed = sum(s.status in {"failed", "skipped", "unmeasured"} for s in report.stages)
+    own = [stage for stage in report.stages if not words.is_extra(stage, report)]
+    broken = sum(map(words.is_broken, own))
+    failed = sum(s.status in {"failed", "skipped", "unmeasured"} for s in own)
     gates = sum(g.result == "failed" for g in report.gates)
     told = [f"{n} {what}" for n, what in (
         (failed, "stage failed, skipped or not measured" if failed == 1 else "stages failed, skipped or not measured"),

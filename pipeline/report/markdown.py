@@ -11,6 +11,7 @@ from pipeline.report import words as words_of
 from pipeline.report.effects import changed_counts, effect_facts, most_changed
 from pipeline.report.machines import host_facts, target_facts
 from pipeline.report.points import TIME_WORDS, point_in_words, points_of, timed_at
+from pipeline.report.printable import without_controls
 from pipeline.report.schema import Divergence, Report, Speed, StageReport
 from pipeline.report.tables import Table as Figures
 from pipeline.report.tables import ablation_table, roofline_table
@@ -30,6 +31,7 @@ SPECIAL = re.compile(r"([\\`*\[\]|~$]|^[#+\->]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]
 
 def render_markdown(report: Report) -> str:
     """The whole page."""
+    report = without_controls(report)
     parts = [
         _head(report),
         _gates(report),
@@ -129,7 +131,7 @@ def _speed(report: Report) -> Iterator[str]:
         rows = list(timed_at(report, point))
         floor = report.floor_at(point)
         noise = (
-            f"{base} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}"
+            f"{base} against itself {figures.floor_interval(floor.ratio_low, floor.ratio_high)}"
             if floor
             else f"{base} did not run against itself, so nothing is claimed"
         )

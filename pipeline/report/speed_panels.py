@@ -143,7 +143,7 @@ def speed_charts(report: Report) -> Iterator[SpeedChart]:
             title=point_in_words(first),
             counts=counts_in_words([p for _, p in rows]),
             floor=_floor(ratio, floor),
-            floor_words=f"{floor.ratio_low:.3f}–{floor.ratio_high:.3f}" if floor else "",
+            floor_words=figures.floor_interval(floor.ratio_low, floor.ratio_high) if floor else "",
             one=ratio.at(1.0),
             ratio_ticks=ratio.ticks,
             rate_ticks=absolute.ticks,

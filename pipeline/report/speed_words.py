@@ -8,7 +8,8 @@ from typing import NamedTuple
 from pipeline.report.figures import (
     duration,
     duration_interval,
-    percent,
+    floor_in_table,
+    noise_floor_in_words,
     rate,
     rate_interval,
     times,
@@ -121,8 +122,8 @@ def _idle(kind: str, points: Sequence[Speed], stage: StageReport, report: Report
     if len(floors) == len(pairs) and not any(is_contradicted(stage, p, report) for _, _, p in pairs):
         shifts = sorted(ratio.ratio for ratio, _, _ in pairs)
         if len(pairs) == 1:
-            return f"{whose} {_shift(shifts[0])}{other} is inside the noise floor of {percent(floors[0])}"
-        lies = f"is inside their noise floors of {percent(min(floors))} to {percent(max(floors))}"
+            return f"{whose} {_shift(shifts[0])}{other} is inside {noise_floor_in_words(floors[0])}"
+        lies = f"is inside their noise floors of {floor_in_table(min(floors))} to {floor_in_table(max(floors))}"
         return f"{whose} {_shift(shifts[0])} to {_shift(shifts[-1])}{other} at {len(pairs)} workload points {lies}"
     said = []
     for ratio, floor, point in pairs:
@@ -130,7 +131,7 @@ def _idle(kind: str, points: Sequence[Speed], stage: StageReport, report: Report
         shift = f"{whose} {_shift(ratio.ratio)}{other}{where}"
         interval = times_interval(ratio.ratio, ratio, margin_of(report))
         if is_contradicted(stage, point, report):
-            beyond = f" beyond the noise floor of {percent(floor)}" if floor is not None else ""
+            beyond = f" beyond {noise_floor_in_words(floor)}" if floor is not None else ""
             said.append(
                 f"{kind} was timed {ratio.verdict} than {stage.parent} all the same{where}, {times(ratio.ratio)} "
                 f"({interval}){beyond}: a contradiction, for nothing in the model explains it"
@@ -138,7 +139,7 @@ def _idle(kind: str, points: Sequence[Speed], stage: StageReport, report: Report
         elif floor is None:
             said.append(f"{shift} means nothing, for the noise floor is not known")
         elif lies_inside(floor, ratio.ratio):
-            said.append(f"{shift} is inside the noise floor of {percent(floor)}")
+            said.append(f"{shift} is inside {noise_floor_in_words(floor)}")
         else:
             why = why_undecided(ratio, point, report)
             said.append(f"{shift} ({interval}) is {ratio.verdict}" + (f": {why}" if why else ""))

@@ -17,6 +17,7 @@ from pipeline.report.figures import (
     duration_interval,
     finer_interval,
     finer_times,
+    floor_interval,
     gate_value,
     megabytes,
     number,
@@ -28,6 +29,7 @@ from pipeline.report.figures import (
     times_interval,
 )
 from pipeline.report.points import TIME_WORDS, point_in_words, points_of, timed_at
+from pipeline.report.printable import without_controls
 from pipeline.report.schema import Report, Speed, StageReport
 from pipeline.report.tables import Table as Figures
 from pipeline.report.tables import ablation_table, roofline_table
@@ -76,6 +78,7 @@ Part = Callable[[Report, int], RenderableType | None]
 
 def render(report: Report, console: Console) -> None:
     """Print the whole report."""
+    report = without_controls(report)
     console.print()
     parts: tuple[Part, ...] = (
         _head,
@@ -139,7 +142,7 @@ def _speeds_at(point: Speed, report: Report, width: int) -> RenderableType:
     here = list(timed_at(report, point))
     floor = report.floor_at(point)
     noise = (
-        f"{report.baseline} against itself {floor.ratio_low:.3f}–{floor.ratio_high:.3f}"
+        f"{report.baseline} against itself {floor_interval(floor.ratio_low, floor.ratio_high)}"
         if floor
         else f"{report.baseline} did not run against itself, so nothing is claimed"
     )

@@ -103,8 +103,10 @@ def test_a_cell_that_is_not_there_ends_with_2(
 
 def test_a_recipe_without_a_matrix_has_no_cells_but_all_of_it_runs(cli: Cli, recipe: Callable[[str], Path]) -> None:
     assert cli("plan", recipe(""), "--cell", 0)[0] == 2
-    code, out, _ = cli("plan", recipe(""), "--cell", "all")
+    code, out, err = cli("plan", recipe(""), "--cell", "all")
     assert (code, "cell" in out) == (0, False)
+    assert err == "the recipe has no matrix: there is one cell only, and no report over cells\n"
+    assert cli("plan", recipe(CELLS), "--cell", "all")[2] == ""
 
 
 def test_a_typo_in_a_cell_that_does_not_run_is_seen_at_once(cli: Cli, recipe: Callable[[str], Path]) -> None:

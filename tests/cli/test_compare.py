@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.cells import write_cells
+import pipeline.run
+from pipeline.cells import CellsFolder
+from pipeline.compare import COMPARISONS
+from pipeline.recipe import schema
 from pipeline.report.cells_report import CellsReport
 
 pytestmark = pytest.mark.usefixtures("plugins", "store")
@@ -93,6 +96,28 @@ def test_all_cells_have_one_report_beside_those_of_their_runs(cli: Cli, recipe: 
         assert (folder / str(cell.run) / "report.html").is_file()
 
 
+def test_what_ends_the_run_in_the_second_cell_leaves_the_report_over_the_first(
+    cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline.run.run
+    calls = []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(pipeline.run, "run", interrupted)
+    assert cli("run", recipe, "--no-measure", "--cell", "all")[0] == 130
+    (folder,) = Path("runs/r").glob("cells-*")
+    found = CellsReport.model_validate_json((folder / "cells.json").read_bytes())
+    assert ([c.index for c in found.cells], found.of) == ([0], 3)
+    assert "Not complete: 1 of 3 cells have been run." in (folder / "cells.md").read_text()
+    assert {p.name for p in folder.iterdir()} == {"cells.html", "cells.md", "cells.json"}
+    assert not list(Path("runs/r").glob(".cells-*"))
+
+
 def test_the_report_over_the_cells_spoils_no_json(cli: Cli, recipe: Path) -> None:
     _, out, err = cli("run", recipe, "--no-measure", "--cell", "all", "--json")
     assert len(json.loads(out)) == 3
@@ -115,7 +140,7 @@ def test_cells_that_cannot_be_written_leave_nothing(
 
     monkeypatch.setattr(cells, "render_cells_html", full)
     with pytest.raises(KeyboardInterrupt):
-        write_cells(load_recipe(recipe), [], exit_code=0, runs=tmp_path / "runs")
+        CellsFolder(load_recipe(recipe), tmp_path / "runs").write([], exit_code=0)
     assert list((tmp_path / "runs" / "r").iterdir()) == []
 
 
@@ -174,3 +199,25 @@ def test_models_that_do_not_load_are_told_and_end_with_3(cli: Cli, two_runs: tup
     found = json.loads(out)
     assert {s["status"] for s in found["stages"]} == {"failed"}
     assert "Traceback" not in err
+
+
+def test_no_recipe_takes_the_folder_of_the_comparisons(cli: Cli, recipe: Path) -> None:
+    assert schema.COMPARISONS_FOLDER == COMPARISONS
+    recipe.write_text(recipe.read_text().replace("name: r\n", "name: Comparisons\n"))
+    code, _, err = cli("run", recipe, "--no-measure")
+    assert code == 2
+    assert "r.yaml:2:1: name: " in err
+    assert "no recipe can be named 'Comparisons': that is the folder of what `pipeline compare` writes" in err
+    assert not Path("runs").exists()
+
+
+def test_the_folder_of_the_comparisons_is_no_recipes_name(cli: Cli, recipe: Path) -> None:
+    assert cli("run", recipe, "--no-measure")[0] == 0
+    made = Path("runs", COMPARISONS, "20260101-000000-abcd")
+    made.mkdir(parents=True)
+    (made / "comparison.json").write_text("{}")
+    (made.parent / "latest").symlink_to(made.name)
+    code, _, err = cli("report", COMPARISONS)
+    assert code == 2
+    assert "recipes with runs in runs: r" in err
+    assert "did you mean 'comparisons'" not in err
