@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 
 from pipeline.divergences import find_divergences, references
 from pipeline.events import Events
@@ -44,7 +43,12 @@ def test_a_parent_that_was_not_measured_is_no_reference() -> None:
 
 
 @pytest.mark.slow
-def test_a_divergence_is_found_once_and_bears_the_name_of_the_reference_of_this_run(tmp_path: Path) -> None:
+def test_a_divergence_is_found_once_and_bears_the_name_of_the_reference_of_this_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "runtime"))
+    import tiny_models
+
     worse = tiny_models.torch_artifact(tiny_models.save_llama(tmp_path / "worse", seed=1))
     source = tiny_models.torch_artifact(tiny_models.save_llama(tmp_path / "source"))
     store = Store(tmp_path / "store")

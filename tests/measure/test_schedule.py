@@ -536,6 +536,15 @@ def test_models_that_do_not_fit_together_are_compared_in_their_pair(
     assert any("the two stages of each comparison ran beside each other" in note for note in measured.notes)
 
 
+def test_the_plan_counts_every_process_of_every_group(artifacts: dict[str, Artifact]) -> None:
+    together, apart = (
+        measure(FakeHost(), artifacts, available_bytes=available, pairs=[("int4", "export")])
+        for available in (10**12, 2**31)
+    )
+    assert together.round_s is not None
+    assert apart.round_s == pytest.approx(together.round_s * 5 / 4)  # the baseline twice, and beside the pair
+
+
 def test_models_that_do_not_even_fit_in_pairs_are_told_before_anything_is_loaded(
     host: FakeHost, artifacts: dict[str, Artifact]
 ) -> None:
