@@ -28,6 +28,9 @@ ALPHA = 0.05
 LEAST_ROUNDS = 3
 """Fewer rounds give no interval that is worth printing."""
 
+ROUNDS_OF_A_LAUNCH = 4
+"""Where not even the first look fits, a further launch is worth its start if each has so many rounds."""
+
 FEW_LAUNCHES = 3
 """Fewer say little about what differs between launches."""
 
@@ -122,11 +125,11 @@ class LookPlan(Frozen):
             for launches in range(self.looks[0].launches, FEW_LAUNCHES - 1, -1):
                 if fits(most, launches):
                     return self.within(most, launches)
-        # fewer launches before fewer than two rounds in each
+        # fewer launches before fewer rounds in each: noise of rounds is the larger part when there are few
         for launches in range(self.looks[0].launches, 0, -1):
             left = (budget_s - launches * launch_s) / round_s if round_s > 0 else most
             rounds = min(most, int(left))
-            if rounds >= max(LEAST_ROUNDS, 2 * launches):
+            if rounds >= (ROUNDS_OF_A_LAUNCH * launches if launches > 1 else LEAST_ROUNDS):
                 return self.within(rounds, launches)
         return self.within(min(most, LEAST_ROUNDS), 1)
 

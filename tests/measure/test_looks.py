@@ -110,3 +110,13 @@ def test_a_plan_that_does_not_grow_is_refused(looks: list[tuple[int, int]]) -> N
 def test_a_plan_needs_a_look() -> None:
     with pytest.raises(ValidationError):
         LookPlan.declare([])
+
+
+def test_where_the_first_look_does_not_fit_rounds_come_before_launches() -> None:
+    plan = LookPlan.declare((12, 30, 80, 200))
+    told = [
+        (look.rounds, look.launches)
+        for budget_s in (80, 100)
+        for look in plan.within_budget(budget_s, round_s=5.0, launch_s=24.0).looks
+    ]
+    assert told == [(11, 1), (10, 2)]
