@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
@@ -10,6 +11,10 @@ from pipeline.measure.looks import LEAST_ROUNDS
 from pipeline.measure.workload import Point
 
 BLOCK_S = 0.2
+VISIT_S = 0.05
+"""A block is made of visits that take at least so long, between which the others of the round run: a machine that is
+slow for a second is then slow for all of them."""
+
 LEAST_STEPS = 4
 """Fewer decoded tokens after a prompt say little of what a token takes."""
 
@@ -41,10 +46,18 @@ def round_seconds(estimates: Estimates[_Process], steps: Mapping[Point, int]) ->
     prompts = {(key, p.batch, p.prompt): seconds for (key, p), seconds in estimates.items() if p.kind == "prefill"}
     for (process, point), iteration_s in estimates.items():
         if point.kind == "decode":
-            cycle_s = max(iteration_s * steps[point], 1e-6)
-            cycles = -(-BLOCK_S // cycle_s)
-            total += cycles * (cycle_s + prompts.get((process, point.batch, point.prompt), 0.0))
+            visits, cycles = _visits(iteration_s * steps[point])
+            prompt_s = prompts.get((process, point.batch, point.prompt), 0.0)
+            total += visits * cycles * (iteration_s * steps[point] + prompt_s)
         else:
-            iterations = -(-BLOCK_S // max(iteration_s, 1e-6))
-            total += iteration_s * ((iteration_s < LONG_S) + iterations)  # the first is not timed, unless it is long
+            visits, iterations = _visits(iteration_s)
+            untimed = iteration_s < LONG_S  # the first of a visit, unless it is long
+            total += visits * iteration_s * (untimed + iterations)
     return max(total, 1e-6)
+
+
+def _visits(least_s: float) -> tuple[int, int]:
+    """(visits of a block, how often each does the least that it can, which takes `least_s`)."""
+    least_s = max(least_s, 1e-6)
+    times = math.ceil(VISIT_S / least_s)
+    return math.ceil(BLOCK_S / (times * least_s)), times

@@ -18,10 +18,13 @@ class Sample(Frozen):
     replica: int = Field(default=0, description="1 for the second worker of the baseline, which shows the noise")
     launch: int = Field(description="which set of processes, from 0")
     round: int = Field(description="within the launch, from 0; samples of a round were taken next to each other")
-    order: int = Field(description="position within the round, shuffled anew each time")
+    order: int = Field(description="position within the round of its first visit, shuffled anew each time")
     point: Point
     seconds: tuple[float, ...] = Field(description="of each iteration: a whole batch of prompts, or one token each")
-    started_s: float = Field(description="of the clock of the schedule, monotonic")
+    visits: tuple[int, ...] = Field(
+        default=(), description="iterations of each visit that made up the block, between which the others ran"
+    )
+    started_s: float = Field(description="of its first visit, by the clock of the schedule, monotonic")
 
     @property
     def latency_s(self) -> float:

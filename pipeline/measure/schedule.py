@@ -1,10 +1,10 @@
 """Who runs when: launches and shuffled rounds, so that what is compared was measured side by side.
 
 A launch starts one process for every stage and a second one for the baseline. In a round, every one of them runs a
-block at every point, one at a time, in an order drawn anew. A stage's figure is its ratio to the baseline inside the
-round; the second process of the baseline gives the ratio that pure noise has. How many rounds and launches there are,
-and after which of them it is looked whether all is decided, is planned after the first warm-up and before the first
-timed block.
+block at every point, in short visits that take turns. A stage's figure is its ratio to the baseline inside the round;
+the second process of the baseline gives the ratio that pure noise has. How many rounds and launches there are, and
+after which of them it is looked whether all is decided, is planned after the first warm-up and before the first timed
+block.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import PipelineError
-from pipeline.measure.budget import BLOCK_S, decode_steps, round_seconds
+from pipeline.measure.budget import decode_steps, round_seconds
 from pipeline.measure.cold_load import ColdLoads, is_compiled
-from pipeline.measure.launches import Crew, Group, Launcher, Seat, group_bytes, seat_together, together_bytes
+from pipeline.measure.launches import Crew, Group, Launcher, group_bytes, seat_together, together_bytes
 from pipeline.measure.looks import LEAST_ROUNDS, MARGIN, LookPlan
 from pipeline.measure.nurseries import Nurseries
 from pipeline.measure.process import StageToMeasure, StartWorker
 from pipeline.measure.record import Record
-from pipeline.measure.samples import Sample, SpeedMeasurement
+from pipeline.measure.rounds import run_blocks
+from pipeline.measure.samples import SpeedMeasurement
 from pipeline.measure.statistics import Verdict, compare_stages, decide
 from pipeline.measure.workload import Point, Workload
 
@@ -277,31 +278,14 @@ class _Schedule:
             self._tell(f"launch {launch + 1} of {launches}, round {number + 1} of {rounds}")
             order = 0
             for point in self.launcher.shuffled(self.points):
-                for seat in self.launcher.shuffled(crew.workers):
-                    order += self._block(crew, seat, point, round=first + number, order=order)
+                if point in self.steps:
+                    blocks = run_blocks(self.launcher, crew, point, steps=self.steps[point], clock=self.clock)
+                    self.record.samples += [
+                        block.sample(launch=crew.launch, round=first + number, order=order + place)
+                        for place, block in enumerate(blocks)
+                    ]
+                    order += len(blocks)
         return rounds
-
-    def _block(self, crew: Crew, seat: Seat, point: Point, *, round: int, order: int) -> bool:
-        """Run one block; False where its process has failed."""
-        if seat not in crew.workers or point not in self.steps:
-            return False
-        started_s = self.clock()
-        answer = self.launcher.ask(crew, seat, "block", point, steps=self.steps[point], min_s=BLOCK_S)
-        if answer is None:
-            return False
-        self.record.samples.append(
-            Sample(
-                stage=seat.stage.name,
-                replica=seat.replica,
-                launch=crew.launch,
-                round=round,
-                order=order,
-                point=point,
-                seconds=tuple(answer["seconds"]),
-                started_s=started_s,
-            )
-        )
-        return True
 
     def _look(self) -> bool:
         """Look, where the plan has a look at so many rounds; whether there is nothing more to find out."""

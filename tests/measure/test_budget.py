@@ -42,7 +42,7 @@ def test_a_very_slow_prompt_is_timed_at_once(point: Point) -> None:
 
 
 def test_fast_prompts_fill_a_block() -> None:
-    assert round_seconds({("a", PREFILL): 0.001}, {PREFILL: 0}) == pytest.approx(BLOCK_S, rel=0.02)
+    assert round_seconds({("a", PREFILL): 0.001}, {PREFILL: 0}) == pytest.approx(BLOCK_S, rel=0.03)
 
 
 def test_every_prompt_before_decoded_tokens_counts() -> None:
