@@ -186,10 +186,13 @@ class ForkedWorker(Worker):
         super().prepare(artifact)
 
     def wait_until_prepared(self) -> None:
+        self._begin_now()
+        super().wait_until_prepared()
+
+    def _begin_now(self) -> None:
         if self._expected is not None:
             self._expected[0].begin_those_that_wait()
         self._begin_prepared()
-        super().wait_until_prepared()
 
     def _begin_prepared(self) -> None:
         """Start the process, where that is still to be done, and have it import what its artifact needs besides."""
@@ -207,6 +210,13 @@ class ForkedWorker(Worker):
     def load(self, artifact: Artifact) -> dict[str, Any]:
         if self._process is None and self._expected is None:
             self.prepare(artifact)
+            self._begin_now()
+            try:
+                super().wait_until_prepared()
+            except (
+                StageError
+            ) as error:  # what importing for a model finds wrong is the model's, where nobody asked before
+                raise self._load_error(error) from None
         return super().load(artifact)
 
 

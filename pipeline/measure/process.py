@@ -123,8 +123,11 @@ class Worker:
         try:
             return self.ask("load", **description(artifact, self._spec))
         except StageError as error:
-            reason = error.message.removeprefix(f"{self.name}: ")
-            raise LoadError(f"its model does not load: {reason}", hint=error.hint) from None
+            raise self._load_error(error) from None
+
+    def _load_error(self, error: StageError) -> LoadError:
+        reason = error.message.removeprefix(f"{self.name}: ")
+        return LoadError(f"its model does not load: {reason}", hint=error.hint)
 
     def forget_compiled(self, artifact: Artifact) -> None:
         """Drop what earlier processes compiled of the artifact, so that loading it is cold.
