@@ -213,9 +213,7 @@ class ForkedWorker(Worker):
             self._begin_now()
             try:
                 super().wait_until_prepared()
-            except (
-                StageError
-            ) as error:  # what importing for a model finds wrong is the model's, where nobody asked before
+            except StageError as error:  # nobody asked before: what importing for a model finds wrong is the model's
                 raise self._load_error(error) from None
         return super().load(artifact)
 
