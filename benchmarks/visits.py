@@ -22,7 +22,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.events import Events
 from pipeline.execute import execute
 from pipeline.hardware import describe_host
 from pipeline.measure.budget import BLOCK_S, VISIT_S
@@ -69,8 +68,8 @@ def main() -> None:
         store = Store(Path(folder) / "store")
         recipe = load_recipe("llama2-cpu")
         source = source_of(recipe, download=False)
-        plan = resolve(recipe, source, store, host, until="export_onnx")
-        made = execute(plan, source=source, store=store, force=False, on_start=Events().stage_started)
+        plan = resolve(recipe, source, store, host, until="export_onnx", force=False)
+        made = execute(plan, source=source, store=store)
         artifact = store.artifact(str(made["export_onnx"].artifact))
         assert artifact is not None
         workers = [start_worker(f"process-{n}", spec, Path(folder) / f"{n}.log") for n in range(PROCESSES)]

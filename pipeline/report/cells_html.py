@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.report import cells_words as words
 from pipeline.report import figures
 from pipeline.report.cells_report import CellsReport, PointOverCells, floor_of
 from pipeline.report.html import SYMBOLS, data_link
+from pipeline.report.page import render_page
 from pipeline.report.printable import without_controls
 from pipeline.report.time_chart import TimeChart, time_chart
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 class PointPanel(NamedTuple):
@@ -30,16 +28,8 @@ class PointPanel(NamedTuple):
 def render_cells_html(report: CellsReport) -> str:
     """The whole page."""
     exact, report = report, without_controls(report)
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("cells.html.j2").render(
+    return render_page(
+        "cells.html.j2",
         report=report,
         words=words,
         figures=figures,
@@ -48,7 +38,6 @@ def render_cells_html(report: CellsReport) -> str:
         panels=[_panel(i, point, report) for i, point in enumerate(report.points)],
         json_link=data_link("application/json", exact.to_json()),
     )
-    return page + "\n"
 
 
 def _panel(number: int, point: PointOverCells, report: CellsReport) -> PointPanel:

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 
 from pipeline.report.cells_report import CellFigure, CellsReport, PointOverCells
-from pipeline.report.figures import MARGIN, floor_in_table
+from pipeline.report.figures import MARGIN, duration, duration_interval, floor_in_table
 from pipeline.report.schema import Ratio
-from pipeline.report.time_chart import between, duration
 
 
 def point_title(point: PointOverCells) -> str:
@@ -27,7 +26,7 @@ def time_in_words(figure: CellFigure) -> tuple[str, str]:
     if time is None:
         return "–", figure.reason or ""
     mean = f"; mean {duration(figure.mean_s)}" if figure.mean_s is not None else ""
-    return duration(time.median), f"{between(time)}{mean}"
+    return duration(time.median), f"{duration_interval(time.median, time)}{mean}"
 
 
 def speed_up(ratio: Ratio, margin: float = MARGIN) -> str:

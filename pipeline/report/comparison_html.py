@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.report import comparison_words as words
 from pipeline.report.charts import Tick, Whisker, ratio_axis, whisker
 from pipeline.report.comparison import ComparedSpeed, ComparedStage, Comparison
 from pipeline.report.html import SYMBOLS, data_link
+from pipeline.report.page import render_page
 from pipeline.report.printable import without_controls
 from pipeline.report.schema import PointKey
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Row(NamedTuple):
@@ -35,16 +33,8 @@ class Chart(NamedTuple):
 def render_comparison_html(comparison: Comparison) -> str:
     """The whole page."""
     exact, comparison = comparison, without_controls(comparison)
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("comparison.html.j2").render(
+    return render_page(
+        "comparison.html.j2",
         comparison=comparison,
         words=words,
         symbols=SYMBOLS,
@@ -53,7 +43,6 @@ def render_comparison_html(comparison: Comparison) -> str:
         charts=_charts(comparison),
         json_link=data_link("application/json", exact.to_json()),
     )
-    return page + "\n"
 
 
 def _charts(comparison: Comparison) -> list[Chart]:

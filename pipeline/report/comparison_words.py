@@ -5,7 +5,9 @@ from __future__ import annotations
 from pipeline.report.cells_words import signed
 from pipeline.report.comparison import ComparedSpeed, ComparedStage, Comparison, Unlike
 from pipeline.report.figures import (
+    ABSENT,
     USABLE_FLOOR,
+    duration,
     finer_times,
     floor_interval,
     floor_share,
@@ -14,9 +16,6 @@ from pipeline.report.figures import (
     times,
     times_interval,
 )
-from pipeline.report.time_chart import duration
-
-ABSENT = "–"
 
 
 def headline(comparison: Comparison) -> list[str]:

@@ -60,7 +60,8 @@ def duration_interval(median: float, figure: Bounded) -> str:
     unit = duration(median).split()[1]
     scale = {"s": 1.0, "ms": 1e3, "µs": 1e6}[unit]
     digits = _digits_for_three(median * scale)
-    return f"{figure.low * scale:,.{digits}f}–{figure.high * scale:,.{digits}f} {unit}"
+    high = f"{figure.high * scale:,.{digits}f}" if math.isfinite(figure.high) else "∞"
+    return f"{figure.low * scale:,.{digits}f}–{high} {unit}"
 
 
 def thousands(value: float | None) -> str:

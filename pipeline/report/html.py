@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -19,6 +18,7 @@ from pipeline.report.charts import Dot, Scatter, scatter
 from pipeline.report.effects import effect_in_words
 from pipeline.report.graph_drawing import STYLE as REGION_STYLE
 from pipeline.report.machines import host_facts, target_facts
+from pipeline.report.page import render_page
 from pipeline.report.points import apart, first_points, point_in_words, speed_at
 from pipeline.report.printable import without_controls
 from pipeline.report.schema import (
@@ -40,7 +40,6 @@ from pipeline.report.verdicts import (
 ALIKE = 5e-4
 """Models whose quality differs by less are told apart by their speed alone."""
 
-TEMPLATES = Path(__file__).parent / "templates"
 
 SYMBOLS = {
     "faster": "▲",
@@ -89,16 +88,7 @@ class CostRow(NamedTuple):
 def render_html(report: Report) -> str:
     """The whole page."""
     exact, report = report, without_controls(report)
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "megabytes": figures.megabytes,
         "seconds": figures.seconds,
         "rate": figures.rate,
@@ -109,7 +99,9 @@ def render_html(report: Report) -> str:
         "parameter": parameter,
         "breakable": breakable,
     }
-    page = environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
+        filters=filters,
         report=report,
         symbols=SYMBOLS,
         figures=figures,
@@ -148,7 +140,6 @@ def render_html(report: Report) -> str:
         report_link=data_link("application/json", exact.to_json()),
         csv_link=data_link("text/csv", speed_csv(report)),
     )
-    return page + "\n"
 
 
 def outcome(report: Report) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pipeline.report.cells_report import CellsReport, PointOverCells
 from pipeline.report.charts import Axis, Tick
-from pipeline.report.schema import Interval
+from pipeline.report.figures import duration, duration_interval
 
 LOGARITHMIC_FROM = 3.0
 """An axis whose ends differ by this factor or more is logarithmic."""
@@ -87,7 +87,9 @@ def time_chart(report: CellsReport, point: PointOverCells, *, width: int, height
             if time is None:
                 continue
             x = round(left + across * x_axis.at(report.axis.values[figure.cell]) / 100 + aside, 1)
-            told = f"{stage.name}, {labels[figure.cell]}: {duration(time.median)} ({between(time)})"
+            told = (
+                f"{stage.name}, {labels[figure.cell]}: {duration(time.median)} ({duration_interval(time.median, time)})"
+            )
             marks.append(TimeMark(x, y(time.median), y(time.low), y(time.high), told))
         path = " ".join(f"{m.x},{m.y}" for m in marks)
         lines.append(Line(name=stage.name, look=i % SERIES, marks=tuple(marks), path=path))
@@ -112,25 +114,8 @@ def time_chart(report: CellsReport, point: PointOverCells, *, width: int, height
     )
 
 
-def duration(seconds: float) -> str:
-    """A time with three digits or more and its unit: `45.4 ms`, `5.10 s`."""
-    unit, scale = _unit(seconds)
-    return f"{_digits(seconds * scale)} {unit}"
-
-
-def between(time: Interval) -> str:
-    """An interval of times in the unit of its median: `44.9–46.0 ms`."""
-    unit, scale = _unit(time.median)
-    high = _digits(time.high * scale) if math.isfinite(time.high) else "∞"
-    return f"{_digits(time.low * scale)}–{high} {unit}"
-
-
 def _unit(seconds: float) -> tuple[str, float]:
     return ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.{0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 10 else 3}f}"
 
 
 def _short(label: str, most: int) -> str:

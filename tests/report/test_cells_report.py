@@ -14,8 +14,9 @@ from pipeline.report import cells_words as words
 from pipeline.report.cells_html import render_cells_html
 from pipeline.report.cells_markdown import render_cells_markdown
 from pipeline.report.cells_report import CellOutcome, CellsReport, build_cells_report, changed_in_words, label_of
+from pipeline.report.figures import duration
 from pipeline.report.schema import Cell, Effect, Ratio, Report
-from pipeline.report.time_chart import duration, time_chart
+from pipeline.report.time_chart import time_chart
 
 POINT = {"kind": "forward", "batch": 2, "prompt": 1024, "new_tokens": None, "rounds": 100, "launches": 6}
 EVIL = '<script>alert("x")</script>|`'
@@ -295,4 +296,4 @@ def test_the_margin_of_the_recipe_is_the_edge_that_figures_keep_their_side_of() 
 def test_labels_are_short_and_durations_have_units() -> None:
     assert label_of({"model.architecture.hidden_size": 512, "hardware": "local"}) == "hidden_size 512, hardware local"
     assert label_of({}) == "as written"
-    assert [duration(v) for v in (5.1001, 0.0454, 1.2e-4)] == ["5.100 s", "45.40 ms", "120.0 µs"]
+    assert [duration(v) for v in (5.1001, 0.0454, 1.2e-4)] == ["5.10 s", "45.4 ms", "120 µs"]
