@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,12 +19,17 @@ from pipeline.plan import Plan
 from pipeline.report.figures import megabytes
 from pipeline.report.terminal import STYLES
 
+SILENCE_S = 60.0
+"""Where lines are kept, in the log of a nightly run, a long measurement says where it is so often."""
+
 
 class LiveDisplay(Events):
     """Shows where a run is."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True, highlight=False)
+        self._clock = clock
+        self._told = clock()
         self._rows: dict[str, str] = {}
         self._current: str | None = None
         self._message = ""
@@ -83,7 +89,8 @@ class LiveDisplay(Events):
             return
         changed = message.partition(",")[0] != self._measuring.partition(",")[0]
         self._measuring = message
-        if changed:
+        if changed or self._clock() - self._told >= SILENCE_S:
+            self._told = self._clock()
             self._console.print(f"measuring: {escape(message)}", soft_wrap=True)
 
     def _render(self) -> Table:
