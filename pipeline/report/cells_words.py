@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pipeline.report.cells_report import CellFigure, CellsReport, PointOverCells
 from pipeline.report.figures import MARGIN, duration, duration_interval, floor_in_table
 from pipeline.report.schema import Ratio
+from pipeline.report.verdicts import rounds_in_words
 
 
 def point_title(point: PointOverCells) -> str:
@@ -61,9 +62,8 @@ def claim(figure: CellFigure) -> str:
     if ratio is None:
         return ""
     if ratio.verdict == "inconclusive":
-        return "inconclusive" + (
-            f", about {ratio.rounds_to_decide} rounds would decide" if ratio.rounds_to_decide else ""
-        )
+        rounds = rounds_in_words(ratio)
+        return "inconclusive" + (f", {rounds} rounds would decide" if rounds else "")
     return ratio.verdict
 
 

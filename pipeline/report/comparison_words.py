@@ -16,6 +16,7 @@ from pipeline.report.figures import (
     times,
     times_interval,
 )
+from pipeline.report.verdicts import rounds_in_words
 
 
 def headline(comparison: Comparison) -> list[str]:
@@ -125,8 +126,8 @@ def caveat(point: ComparedSpeed, stage: ComparedStage) -> str:
         return point.reason or "not known"
     ratio = point.ratio
     told: list[str] = []
-    if ratio.verdict == "inconclusive" and ratio.rounds_to_decide:
-        told.append(f"about {ratio.rounds_to_decide} rounds would decide")
+    if ratio.verdict == "inconclusive" and (rounds := rounds_in_words(ratio)):
+        told.append(f"{rounds} rounds would decide")
     if not point.paired:
         told.append(f"unpaired, from {point.runs_in_history} runs")
     if stage.contradicts(point):

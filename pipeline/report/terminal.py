@@ -40,7 +40,7 @@ from pipeline.report.verdicts import (
     margin_of,
     outliers_in_words,
     schedule_in_words,
-    why_undecided,
+    undecided_in_words,
 )
 from pipeline.report.words import (
     earned_back,
@@ -165,6 +165,7 @@ def _speeds_at(point: Speed, report: Report, width: int) -> RenderableType:
     title = f"{point_in_words(point)} ({counts_in_words([p for _, p in here])}; {noise})"
     flagged = [f"{s.name} {words}" for s, p in here if (words := outliers_in_words(p))]
     parts: list[RenderableType] = [_titled(title, table(columns, width))]
+    parts += map(Text, undecided_in_words([(stage.name, own) for stage, own in here], report))
     if flagged:
         parts.append(Text(f"kept, but far from the others: {'; '.join(flagged)}"))
     return Group(*parts)
@@ -182,12 +183,10 @@ def _speed_cells(point: Speed, report: Report) -> dict[str, tuple[str, str]]:
 
 
 def _verdict(stage: StageReport, point: Speed, report: Report) -> str:
-    """The verdict, why there is none, and what speaks against believing or using it."""
+    """The verdict, and what speaks against believing or using it."""
     if point.vs_baseline is None:
         return "baseline" if stage.name == report.baseline else "–"
     words = [_styled(point.vs_baseline.verdict)]
-    if why := why_undecided(point.vs_baseline, point, report):
-        words.append(escape(why))
     if is_contradicted(stage, point, report):
         words.append("[yellow]contradiction: it changed nothing[/]")
     if is_broken(stage):

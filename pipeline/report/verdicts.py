@@ -15,6 +15,9 @@ ENDINGS = {
     "failed": "because nothing was left to compare",
 }
 
+MANY_ROUNDS = 1000
+"""How many more than this would decide is a figure without use: nobody waits for them."""
+
 RATIO_NOTE = (
     "A ratio is the median of the ratios within each round, in which both ran one after the other; the medians of "
     "tokens/s are taken over all rounds, fast and slow minutes of the machine alike, so their quotient differs from it."
@@ -58,16 +61,49 @@ def why_undecided(ratio: Ratio, point: Speed | PairedSpeed, report: Report) -> s
     """What keeps an inconclusive ratio from a verdict; empty where nothing more is known than its interval."""
     if ratio.verdict != "inconclusive":
         return ""
-    told, floor = [], noise_floor(point, report)
+    rounds = rounds_in_words(ratio)
+    return ", ".join(filter(None, (_obstacle(ratio, point, report), rounds and f"{rounds} rounds would decide")))
+
+
+def undecided_in_words(points: Sequence[tuple[str, Speed]], report: Report) -> list[str]:
+    """What keeps the inconclusive stages at one workload point from a verdict: a line for each reason.
+
+    Args:
+        points: name and speed of every stage at the point.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, point in points:
+        ratio = point.vs_baseline
+        if ratio is None or ratio.verdict != "inconclusive":
+            continue
+        stages = by_reason.setdefault(_obstacle(ratio, point, report), [])
+        if rounds := rounds_in_words(ratio):
+            explained = any("would decide" in words for listed in by_reason.values() for words in listed)
+            rounds = f" ({rounds})" if explained else f" ({rounds} rounds would decide)"
+        stages.append(f"{name}{rounds}")
+    return [
+        f"inconclusive{', ' if reason else ''}{reason}: {', '.join(stages)}"
+        for reason, stages in by_reason.items()
+        if reason or any("(" in words for words in stages)
+    ]
+
+
+def rounds_in_words(ratio: Ratio) -> str:
+    """How many rounds in all would decide an inconclusive ratio: `about 40`. Empty where no number would."""
+    if ratio.rounds_to_decide is None:
+        return ""
+    return f"about {ratio.rounds_to_decide:,}" if ratio.rounds_to_decide <= MANY_ROUNDS else f"over {MANY_ROUNDS:,}"
+
+
+def _obstacle(ratio: Ratio, point: Speed | PairedSpeed, report: Report) -> str:
+    floor = noise_floor(point, report)
     if floor is None:
-        told.append("the noise floor is not known")
-    elif lies_inside(floor, ratio.low, ratio.high):
-        told.append(f"inside {noise_floor_in_words(floor)}")
-    elif floor > margin_of(report) and _reaches(ratio, floor):  # a lower floor forbids no claim that the margin allows
-        told.append(f"reaches into {noise_floor_in_words(floor)}")
-    if ratio.rounds_to_decide is not None:
-        told.append(f"about {ratio.rounds_to_decide:,} rounds would decide")
-    return ", ".join(told)
+        return "the noise floor is not known"
+    if lies_inside(floor, ratio.low, ratio.high):
+        return f"inside {noise_floor_in_words(floor)}"
+    if floor > margin_of(report) and _reaches(ratio, floor):  # a lower floor forbids no claim that the margin allows
+        return f"reaches into {noise_floor_in_words(floor)}"
+    return ""
 
 
 def _reaches(ratio: Ratio, floor: float) -> bool:

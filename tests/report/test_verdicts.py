@@ -6,7 +6,7 @@ import pytest
 from every_case import forward_report, rich_report
 
 from pipeline.report.points import points_of, speed_at
-from pipeline.report.schema import Ratio, Schedule
+from pipeline.report.schema import Ratio, Schedule, Speed
 from pipeline.report.verdicts import (
     counts_in_words,
     is_contradicted,
@@ -14,6 +14,7 @@ from pipeline.report.verdicts import (
     noise_floor,
     outliers_in_words,
     schedule_in_words,
+    undecided_in_words,
     why_undecided,
 )
 
@@ -38,7 +39,7 @@ def ratio(low: float, high: float, **more: object) -> Ratio:
         (
             ratio(1.02, 1.03, rounds_to_decide=4100),
             None,
-            "the noise floor is not known, about 4,100 rounds would decide",
+            "the noise floor is not known, over 1,000 rounds would decide",
         ),
         (ratio(0.99, 1.01, verdict="equivalent"), 0.016, ""),
         (ratio(2.0, 3.0, verdict="faster", inside_floor=True), 0.016, ""),
@@ -116,3 +117,28 @@ def test_the_floor_and_the_margin_are_the_reports_own() -> None:
     assert report.schedule is not None
     wider = report.model_copy(update={"schedule": report.schedule.model_copy(update={"margin": 0.03})})
     assert margin_of(wider) == 0.03
+
+
+def test_what_keeps_stages_from_a_verdict_is_told_once_for_all_of_them() -> None:
+    report = forward_report()
+    report = report.model_copy(
+        update={"noise_floor": tuple(f.model_copy(update={"ratio_high": 1.016}) for f in report.noise_floor)}
+    )
+    point = points_of(report)[0]
+
+    def timed(name: str, found: Ratio | None) -> tuple[str, Speed]:
+        return name, point.model_copy(update={"vs_baseline": found})
+
+    undecided = [
+        timed("source", None),
+        timed("fast", ratio(2.0, 3.0, verdict="faster")),
+        timed("near", ratio(0.99, 1.05, rounds_to_decide=25)),
+        timed("nearer", ratio(0.98, 1.04, rounds_to_decide=4100)),
+        timed("within", ratio(0.999, 1.01)),
+        timed("beyond", ratio(1.02, 1.03)),
+    ]
+    assert undecided_in_words(undecided, report) == [
+        "inconclusive, reaches into the noise floor of 1.6 %: near (about 25 rounds would decide), nearer (over 1,000)",
+        "inconclusive, inside the noise floor of 1.6 %: within",
+    ]
+    assert undecided_in_words(undecided[:2], report) == []
