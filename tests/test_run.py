@@ -12,8 +12,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline import load_model
+from pipeline.compare import compare
 from pipeline.recipe import load_recipe
 from pipeline.report.schema import StageReport, report_json_schema
+from pipeline.reproduce import read_past_run
 from pipeline.run import RunResult, run
 from pipeline.store import Store
 
@@ -128,6 +130,24 @@ def test_a_second_run_caches_every_stage_and_its_quality_and_measures_speed_anew
     assert stage(again, "int4").quality == stage(result, "int4").quality
     assert stage(again, "int4").speed != stage(result, "int4").speed
     assert (place / "runs" / "llama2-cpu" / "latest").resolve() == again.folder.resolve()
+
+
+def test_the_models_of_two_runs_are_measured_again_side_by_side(result: RunResult, place: Path) -> None:
+    store, runs = Store(place / "store"), place / "runs"
+    other = run(load_recipe("llama2-cpu", [*SMALL, "passes.int4.bits=8"]), store=store, runs=runs, measure=False)
+    a, b = (read_past_run(str(folder), runs) for folder in (result.folder, other.folder))
+    found = compare(a, b, store=store, runs=runs, stages=["int4", "optimized"], budget_s=5)
+    stages = {s.name: s for s in found.comparison.stages}
+    assert {name: (s.status, s.same_artifact) for name, s in stages.items()} == {
+        "int4": ("paired", False),
+        "optimized": ("paired", True),
+    }
+    for s in stages.values():
+        assert {p.kind for p in s.speed} == {"prefill", "decode"}
+        assert all(p.paired and p.ratio is not None and p.ratio.low < p.ratio.high for p in s.speed)
+    assert found.comparison.rounds >= 3
+    assert found.comparison.forced == ()
+    assert {path.name for path in found.folder.iterdir()} >= {"comparison.html", "comparison.json", "samples.json"}
 
 
 def test_without_measuring_quality_is_remembered_and_speed_is_not_shown(result: RunResult, place: Path) -> None:
