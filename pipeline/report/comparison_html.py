@@ -9,6 +9,7 @@ from pipeline.report.charts import Tick, Whisker, ratio_axis, whisker
 from pipeline.report.comparison import ComparedSpeed, ComparedStage, Comparison
 from pipeline.report.html import SYMBOLS, data_link
 from pipeline.report.page import render_page
+from pipeline.report.points import point_in_words
 from pipeline.report.printable import without_controls
 from pipeline.report.schema import PointKey
 
@@ -59,7 +60,7 @@ def _chart(at: ComparedSpeed, comparison: Comparison) -> Chart:
     # one wild interval may not push all others into a corner
     axis = ratio_axis([v for r in ratios for v in (r.ratio, max(r.low, r.ratio / 2), min(r.high, r.ratio * 2))])
     return Chart(
-        title=words.point_in_words(at),
+        title=point_in_words(at),
         rows=tuple(Row(s, p, whisker(axis, p.ratio) if p.ratio is not None else None) for s, p in found),
         one=axis.at(1.0),
         ticks=axis.ticks,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pipeline.report import comparison_words as words
 from pipeline.report.comparison import Comparison
 from pipeline.report.markdown import code, plain, table
+from pipeline.report.points import point_in_words
 from pipeline.report.printable import without_controls
 
 
@@ -39,7 +40,7 @@ def _speed(comparison: Comparison) -> Iterator[str]:
         for point in stage.speed:
             ratio, interval = words.ratio_in_words(point, comparison)
             a, b = words.times_of(point)
-            work = plain(words.point_in_words(point))
+            work = plain(point_in_words(point))
             says = plain(words.claim(point, stage))
             rows.append((plain(stage.name), work, a, b, ratio, interval, says, words.basis(point)))
         if not stage.speed:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from pipeline.report import comparison_words as words
 from pipeline.report.comparison import Comparison
+from pipeline.report.points import point_in_words
 from pipeline.report.printable import without_controls
 from pipeline.report.terminal import STYLES
 
@@ -34,7 +35,7 @@ def render_comparison(comparison: Comparison, console: Console) -> None:
             style = STYLES.get(words.shown_verdict(point, stage), "default") if point.ratio else "yellow"
             says = f"[{style}]{escape(words.claim(point, stage))}[/]"
             a, b = words.times_of(point)
-            table.add_row(escape(stage.name), words.point_in_words(point), a, b, ratio, interval, says)
+            table.add_row(escape(stage.name), point_in_words(point), a, b, ratio, interval, says)
         if not stage.speed:
             table.add_row(escape(stage.name), "–", "–", "–", "–", "–", escape(f"{stage.status}: {stage.reason}"))
     console.print(table)

@@ -76,13 +76,6 @@ def _worse(stage: ComparedStage) -> bool:
     return rank[quality.b_verdict] > max(1, rank[quality.a_verdict])  # identical and equivalent are both well
 
 
-def point_in_words(point: ComparedSpeed) -> str:
-    if point.kind == "forward":
-        return f"forward, {point.batch} × {point.prompt}"
-    new = f" + {point.new_tokens}" if point.new_tokens else ""
-    return f"{point.kind}, prompt {point.prompt}{new}, batch {point.batch}"
-
-
 def ratio_in_words(point: ComparedSpeed, comparison: Comparison) -> tuple[str, str]:
     """(the ratio, its interval)."""
     if point.ratio is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.report.comparison import ComparedSpeed
 from pipeline.report.schema import NoiseFloor, PairedSpeed, PointKey, Report, Speed, StageReport
 
 KINDS = ("decode", "prefill", "forward")
@@ -42,7 +43,7 @@ def timed_at(report: Report, point: Speed) -> Iterator[tuple[StageReport, Speed]
             yield stage, own
 
 
-def point_in_words(point: Speed | PairedSpeed | NoiseFloor) -> str:
+def point_in_words(point: Speed | PairedSpeed | NoiseFloor | ComparedSpeed) -> str:
     """The work that was timed."""
     if point.kind == "decode":
         tokens = "" if point.new_tokens is None else f"of {point.new_tokens} tokens "
