@@ -133,7 +133,6 @@ class Decision(Frozen):
     stage: str
     point: Point
     verdict: Verdict
-    rounds_to_decide: int | None = Field(default=None, description="in all; None where decided, or no number would")
 
 
 class Decisions(Frozen):
@@ -141,16 +140,6 @@ class Decisions(Frozen):
 
     look: int = Field(description="which, from 1")
     comparisons: tuple[Decision, ...]
-
-    @property
-    def all_decided(self) -> bool:
-        """Whether every comparison has a verdict: then nothing more needs to be measured."""
-        return all(c.verdict != "inconclusive" for c in self.comparisons)
-
-    @property
-    def rounds_to_decide(self) -> int | None:
-        """Rounds in all that would decide every comparison that any number would decide; None where there is none."""
-        return max((c.rounds_to_decide for c in self.comparisons if c.rounds_to_decide is not None), default=None)
 
 
 def speed_figures(
@@ -215,12 +204,7 @@ def decide(
     return Decisions(
         look=look,
         comparisons=tuple(
-            Decision(
-                stage=stage,
-                point=p.point,
-                verdict=p.vs_baseline.verdict,
-                rounds_to_decide=p.vs_baseline.rounds_to_decide,
-            )
+            Decision(stage=stage, point=p.point, verdict=p.vs_baseline.verdict)
             for stage, points in found.stages.items()
             for p in points
             if p.vs_baseline is not None
