@@ -16,8 +16,8 @@ from pipeline.measure.samples import SpeedMeasurement
 from pipeline.plan import Plan, select_stages
 from pipeline.recipe import Recipe, Stage
 from pipeline.recipe.schema import SOURCE
-from pipeline.report.build import pareto
 from pipeline.report.paired import paired_speed
+from pipeline.report.pareto import pareto
 from pipeline.report.schema import Ablation, Contribution, PairedSpeed, Report, StageReport
 
 

@@ -265,7 +265,8 @@ def with_quality(report: Report, perplexity: dict[str, float], kl: dict[str, flo
     data = json.loads(report.to_json())
     for stage in data["stages"]:
         name = stage["name"]
-        paired: dict[str, Any] = {"perplexity_ratio": {"ratio": None, "low": None, "high": None}}
+        ratio = perplexity[name] / perplexity["source"]
+        paired: dict[str, Any] = {"perplexity_ratio": {"ratio": ratio, "low": ratio, "high": ratio}}
         paired |= {"kl_divergence": kl.get(name), "top1_agreement": 1.0, "max_abs_logit_error": 0.0}
         paired |= {"first_divergence": None, "verdict": "equivalent"}
         scored = {"perplexity": perplexity[name], "tokens": 9, "vs_baseline": None if name == "source" else paired}
@@ -366,6 +367,7 @@ def test_stages_made_for_the_ablation_alone_win_nothing_and_lead_no_headline(
         ratio = {"ratio": rate / 10, "low": rate / 10, "high": rate / 10, "verdict": "faster"}
         point = {"kind": "decode", "batch": 1, "prompt": 8, "new_tokens": 4, "rounds": 9, "launches": 3}
         stage["speed"] = [{**point, "tokens_per_s": figure, "latency_s": figure, "vs_baseline": ratio}]
+        stage["effect"] = {"kind": "weights"}
         if stage["name"] == "write_without_mark":
             stage["roofline"] = {"flag": "kernel not engaged"}
     report = Report.model_validate(data).model_copy(update={"ablation": None})

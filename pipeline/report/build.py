@@ -25,8 +25,9 @@ from pipeline.measure.workload import Point
 from pipeline.plan import Plan, PlannedStage, digest_of
 from pipeline.recipe import Recipe
 from pipeline.recipe.schema import SOURCE
-from pipeline.report.break_even import break_even, deciding_point
+from pipeline.report.break_even import break_even
 from pipeline.report.gates import Condition, evaluate_gate
+from pipeline.report.pareto import pareto
 from pipeline.report.schema import (
     ArtifactFacts,
     Cost,
@@ -42,8 +43,6 @@ from pipeline.report.schema import (
     Speed,
     StageReport,
 )
-from pipeline.report.verdicts import is_contradicted
-from pipeline.report.words import has_random_weights, is_broken
 
 BANDWIDTH_MOVED = 1.2
 """The host's bandwidth before and after a measurement that differs by more than that is told."""
@@ -143,40 +142,6 @@ def build_report(
         for g in recipe.parsed_gates
     )
     return draft.model_copy(update={"gates": gates, "pareto": pareto(draft)})
-
-
-def pareto(report: Report) -> tuple[str, ...]:
-    """Stages that no other beats in speed or quality and at least equals in both.
-
-    Speed is that of decode at its first workload point, or where nothing is decoded, of the first whole pass.
-    Quality is perplexity; for random weights, whose perplexity means nothing, the divergence from the baseline. What is
-    broken is never among them, nor what changed nothing and was timed faster all the same.
-    """
-    figures = {}
-    for stage in report.stages:
-        speed = deciding_point(stage)
-        loss = _loss(stage, report)
-        if speed and loss is not None and not is_contradicted(stage, speed, report):
-            figures[stage.name] = (speed.tokens_per_s.median, -loss)
-    return tuple(
-        name
-        for name, mine in figures.items()
-        if not any(
-            all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in figures.values()
-        )
-    )
-
-
-def _loss(stage: StageReport, report: Report) -> float | None:
-    """How bad its predictions are; None where nothing can be said, or where they are garbage."""
-    if stage.quality is None or is_broken(stage):
-        return None
-    if not has_random_weights(report):
-        return stage.quality.perplexity
-    paired = stage.quality.vs_baseline
-    if paired is None:
-        return 0.0 if stage.name == report.baseline else None
-    return paired.kl_divergence
 
 
 def _stage(

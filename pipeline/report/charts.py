@@ -170,7 +170,9 @@ def scatter(dots: Sequence[Dot], *, width: int, height: int, font: int, longest:
                 is_baseline=dot.is_baseline,
             )
         )
-    line = sorted((m.x, m.y) for m in marks if m.on_front)
+    on_front = [(m.x, m.y) for m in marks if m.on_front]
+    # of models that cannot be told apart, the line takes the one furthest up and right
+    line = sorted(one for one in on_front if not any(o[0] >= one[0] and o[1] <= one[1] and o != one for o in on_front))
     steps: list[tuple[float, float]] = []
     for x, y in line:  # between two models of the front nothing is promised: a staircase, not a slope
         if steps:

@@ -19,10 +19,10 @@ from pipeline.report.effects import effect_in_words
 from pipeline.report.graph_drawing import STYLE as REGION_STYLE
 from pipeline.report.machines import host_facts, target_facts
 from pipeline.report.page import render_page
+from pipeline.report.pareto import ALIKE, loss_of
 from pipeline.report.points import apart, first_points, point_in_words, speed_at
 from pipeline.report.printable import without_controls
 from pipeline.report.schema import (
-    PlainRatio,
     Report,
     StageReport,
 )
@@ -36,10 +36,6 @@ from pipeline.report.verdicts import (
     margin_of,
     schedule_in_words,
 )
-
-ALIKE = 5e-4
-"""Models whose quality differs by less are told apart by their speed alone."""
-
 
 SYMBOLS = {
     "faster": "▲",
@@ -172,7 +168,7 @@ def quality_chart(report: Report) -> QualityChart | None:
         point = speed_at(stage, first)
         if stage.quality is None or point is None:
             continue
-        loss = _loss(stage, report, random=random)
+        loss = loss_of(stage, report)
         if words.is_broken(stage) or loss is None or is_contradicted(stage, point, report):
             left_out.append(stage.name)
             continue
@@ -193,9 +189,8 @@ def quality_chart(report: Report) -> QualityChart | None:
 
 def predict_alike(report: Report) -> bool:
     """Whether several models were scored whose quality does not tell them apart; broken ones aside."""
-    random = words.has_random_weights(report)
     whole = [s for s in report.stages if s.quality is not None and not words.is_broken(s)]
-    losses = [loss.ratio for s in whole if (loss := _loss(s, report, random=random)) is not None]
+    losses = [loss.ratio for s in whole if (loss := loss_of(s, report)) is not None]
     return len(losses) > 1 and all(loss is not None and abs(loss - 1) < ALIKE for loss in losses)
 
 
@@ -238,18 +233,6 @@ def breakable(name: str) -> Markup:
 def data_link(kind: str, text: str) -> str:
     """A `data:` address that holds the text itself."""
     return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
-
-
-def _loss(stage: StageReport, report: Report, *, random: bool) -> PlainRatio | None:
-    """How much worse than the baseline's a stage's predictions are; for random weights, by agreement alone."""
-    if stage.name == report.baseline:
-        return PlainRatio(ratio=1.0, low=None, high=None)
-    paired = stage.quality.vs_baseline if stage.quality else None
-    if paired is None:
-        return None
-    if random:
-        return None if paired.kl_divergence is None else PlainRatio(ratio=1 + paired.kl_divergence, low=None, high=None)
-    return paired.perplexity_ratio if paired.perplexity_ratio.ratio else None
 
 
 def _making(stage: StageReport) -> tuple[int | None, int | None]:

@@ -223,8 +223,8 @@ def _quality(report: Report) -> Iterator[str]:
     header = ("stage", *(() if random else (">perplexity", f">× {base}", ">95 %")), ">KL", ">same top token")
     yield from table((*header, ">largest logit error", "verdict"), rows)
     if report.pareto:
-        kind = words_of.front_kind(report)
-        yield f"\nNo other stage beats these in both {kind} speed and quality: {plain(', '.join(report.pareto))}."
+        told = f"No other stage was shown to beat these in {words_of.front_kind(report)} speed and quality"
+        yield f"\n{told}: {plain(', '.join(report.pareto))}."
 
 
 def _figures(found: Figures | None) -> Iterator[str]:

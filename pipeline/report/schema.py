@@ -406,7 +406,9 @@ class Report(Part):
     stages: tuple[StageReport, ...]
     gates: tuple[GateResult, ...] = ()
     ablation: Ablation | None = None
-    pareto: tuple[str, ...] = Field((), description="stages that none beats in both speed and quality")
+    pareto: tuple[str, ...] = Field(
+        (), description="stages that no other was shown to beat: faster and not worse, or better and not slower"
+    )
     export: str | None = Field(None, description="the stage whose model is in the run's model folder")
 
     def stage(self, name: str) -> StageReport:

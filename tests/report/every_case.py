@@ -461,7 +461,7 @@ def rich_report(*, random_weights: bool = False) -> Report:
                 {"gate": "int4.perplexity_ratio <= 1.05", "result": "failed", "observed": 1.0753},
                 {"gate": "bad.size_bytes < 1", "result": "not_evaluated", "reason": f"it failed {HOSTILE}"},
             ],
-            "pareto": ["fused", "int8", "int4"],
+            "pareto": ["int8", "int4"],
             "export": "int8",
         }
     )
@@ -501,7 +501,7 @@ def forward_report() -> Report:
                      "ended": "budget"},
         "ablation": None,
         "gates": [],
-        "pareto": ["eliminate_identity"],
+        "pareto": ["export_onnx", "eliminate_identity"],
         "export": "eliminate_identity",
         "cell": None,
     }  # fmt: skip

@@ -9,25 +9,21 @@ from typing import Any
 
 import jsonschema
 import pytest
-from every_case import rich_report
 from pydantic import ValidationError
 
 from pipeline.recipe.schema import parse_gate
-from pipeline.report.build import pareto
 from pipeline.report.figures import megabytes
 from pipeline.report.gates import METRICS, Condition, evaluate_gate
 from pipeline.report.schema import (
     BreakEven,
     Effect,
     GateResult,
-    ModelFacts,
     NoiseFloor,
     Ratio,
     Report,
     Roofline,
     Schedule,
     SlowNodes,
-    Speed,
     report_json_schema,
 )
 from pipeline.report.terminal import render_text
@@ -325,31 +321,6 @@ def test_a_gate_reads_its_figure(text: str, observed: float, report: Report) -> 
 def test_a_ratio_to_a_baseline_that_was_not_measured_is_not_evaluated(report: Report) -> None:
     alone = report.model_copy(update={"stages": tuple(s for s in report.stages if s.name != "source")})
     assert gate("int4.size_ratio <= 1", alone).result == "not_evaluated"
-
-
-def test_the_front_of_random_weights_is_one_of_agreement(report: Report) -> None:
-    random = report.model_copy(update={"model": ModelFacts(source="architecture: llama", random_weights=True)})
-    assert pareto(random) == ("source", "export_onnx")
-
-
-def test_where_nothing_is_decoded_the_front_is_one_of_whole_passes(report: Report) -> None:
-    def passing(points: tuple[Speed, ...] | None) -> tuple[Speed, ...] | None:
-        """Of each stage, what was its decode, as a whole pass."""
-        found = [
-            p.model_copy(update={"kind": "forward", "new_tokens": None}) for p in points or () if p.kind == "decode"
-        ]
-        return tuple(found) or None
-
-    stages = tuple(s.model_copy(update={"speed": passing(s.speed)}) for s in report.stages)
-    assert pareto(report.model_copy(update={"stages": stages})) == pareto(report)
-
-
-def test_a_broken_stage_is_never_on_the_front() -> None:
-    assert pareto(rich_report()) == rich_report().pareto
-
-
-def test_the_pareto_front_leaves_out_what_another_stage_beats(report: Report) -> None:
-    assert pareto(report) == ("export_onnx",)
 
 
 @pytest.mark.parametrize(
