@@ -134,7 +134,7 @@ def _found_in(label: str, figure: CellFigure, report: CellsReport) -> str:
         return f"not known in {label}"
     said = [f"CONTRADICTION: timed {ratio.verdict}" if figure.contradicted else ratio.verdict]
     if ratio.inside_floor:
-        said[0] += ", inside the noise floor"
+        said[0] += ", reaches into the noise floor"
     if figure.broken:
         said.append("BROKEN")
     return f"{speed_up(ratio, report.margin)}{against} in {label} ({'; '.join(said)})"

@@ -22,6 +22,9 @@ from pipeline.report.schema import BreakEven, Divergence, QualityRatio, Ratio, R
 from pipeline.report.speed_words import speed_clauses
 from pipeline.report.verdicts import contradicts, is_contradicted, is_idle, margin_of, over_parent
 
+WORTH_TELLING = 0.01
+"""A model that is smaller by less is not told of as the smallest."""
+
 MOST_NAMES = 3
 """Stages that a headline names; the rest is counted."""
 
@@ -363,10 +366,10 @@ def _smallest(report: Report) -> str:
         return ""
     whole = [s for s in report.stages if s.artifact is not None and not is_broken(s) and not is_extra(s, report)]
     best = min(whole, key=lambda s: s.artifact.size_bytes if s.artifact else 0, default=base)
-    if best.artifact is None or best.artifact.size_bytes >= base.artifact.size_bytes:
-        return f"No model is smaller than {report.baseline}." if len(whole) > 1 else ""
+    if best.artifact is None or best.artifact.size_bytes > (1 - WORTH_TELLING) * base.artifact.size_bytes:
+        return f"No model is more than {WORTH_TELLING:.0%} smaller than {report.baseline}." if len(whole) > 1 else ""
     mine, theirs = megabytes(best.artifact.size_bytes), megabytes(base.artifact.size_bytes)
-    return f"Smallest: {best.name}, {mine} instead of {theirs}." if mine != theirs else ""
+    return f"Smallest: {best.name}, {mine} instead of {theirs}."
 
 
 def _broken_line(report: Report) -> str:
