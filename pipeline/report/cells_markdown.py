@@ -71,7 +71,7 @@ def _point(point: PointOverCells, report: CellsReport) -> Iterator[str]:
                 words.claim(figure),
             ]
             told += ["**BROKEN**"] if figure.broken else []
-            told += [f"changed {plain(figure.changed)}"] if figure.changed else []
+            told += [plain(text) for text in (words.changed(figure), words.against_parent(figure, report)) if text]
             told += [f"**{plain(why)}**"] if (why := words.contradiction(figure)) else []
             cells.append("<br>".join(told))
         rows.append((plain(stage.name), *cells))

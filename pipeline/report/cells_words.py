@@ -67,6 +67,22 @@ def claim(figure: CellFigure) -> str:
     return ratio.verdict
 
 
+def changed(figure: CellFigure) -> str:
+    """What the stage did to the model: `changed 0 of 192 nodes`; of another format, what it has: `503 nodes`."""
+    if not figure.changed:
+        return ""
+    return figure.changed if figure.effect == "conversion" else f"changed {figure.changed}"
+
+
+def against_parent(figure: CellFigure, report: CellsReport) -> str:
+    """The speed over that of the stage that it was made from; empty where that is the baseline."""
+    ratio = figure.vs_parent
+    if ratio is None or figure.parent in {None, report.baseline}:
+        return ""
+    interval = speed_up_interval(ratio, report.margin)
+    return f"{speed_up(ratio, report.margin)} ({interval}) against {figure.parent}: {ratio.verdict}"
+
+
 def contradiction(figure: CellFigure) -> str | None:
     """Where a stage that changed nothing is timed faster or slower than the stage that it was made from."""
     ratio = figure.vs_parent

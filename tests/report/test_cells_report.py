@@ -170,6 +170,14 @@ def test_what_changed_nothing_and_is_slower_than_its_parent_is_one_though_it_is_
     assert "(CONTRADICTION: timed slower)" in words.headline(found)[1]
 
 
+def test_a_stage_behind_another_branch_is_held_against_its_parent_in_the_tables() -> None:
+    behind = from_another(ratio(0.969, 0.025, "inconclusive"), ratio(0.996, 0.02, "inconclusive"))
+    found = built(outcome(0, behind)).model_copy(update={"baseline": "source"})
+    told = "−0.4 % (−2.4 to +1.6 %) against export_onnx: inconclusive"
+    assert render_cells_markdown(found).count(told) == 1
+    assert render_cells_html(found).count(told) == 1
+
+
 def test_of_many_cells_the_contradictions_are_counted() -> None:
     cells = [outcome(i, report(0.1, 1, ratio(1.22, 0.01, "faster" if i else "inconclusive"))) for i in range(5)]
     assert "faster in 4 cells, CONTRADICTION in 4, for there it changed nothing" in words.headline(built(*cells))[0]
