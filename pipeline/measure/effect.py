@@ -21,7 +21,7 @@ from pipeline.report.schema import Effect, Region
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-EFFECT_VERSION = 6
+EFFECT_VERSION = 7
 """Enters the key of cached effects: raised when the same two artifacts would compare otherwise."""
 
 __all__ = ["EFFECT_VERSION", "ComparisonError", "Effect", "compare_artifacts", "graph_fingerprint", "with_rules"]
@@ -67,7 +67,8 @@ def _compare(
     if before.digest == after.digest:
         return Effect(kind="none", **found)
     if before.format != after.format:
-        return Effect(kind="conversion", **found)
+        operators = _changed(_operators(graphs_before), _operators(graphs_after))
+        return Effect(kind="conversion", operators=operators, **found)
     if not graphs_after:
         return _compare_torch(before, after, found)
     contents = contents or contents_of(before, after)
