@@ -11,18 +11,19 @@ from typing import TypeVar
 from pipeline.errors import Location, RecipeError, did_you_mean
 from pipeline.plugin import Registry
 from pipeline.recipe.extends import with_base
+from pipeline.recipe.gate_checks import checked_gates
 from pipeline.recipe.groups import splice
 from pipeline.recipe.library import Library, find_recipe, read_text, shipped_recipes
 from pipeline.recipe.matrix import KEY as MATRIX
 from pipeline.recipe.matrix import Overrides, cells_of
+from pipeline.recipe.names import NAME
 from pipeline.recipe.overrides import apply_override, entry_name
 from pipeline.recipe.parameters import check_parameters
 from pipeline.recipe.parsing import parse
 from pipeline.recipe.positions import Positions
-from pipeline.recipe.schema import NAME, SOURCE, Gate, Recipe, RecipeFile, RecipeModel, Stage, parse_gate
+from pipeline.recipe.schema import SOURCE, Recipe, RecipeFile, RecipeModel, Stage
 from pipeline.recipe.tree import Node, plain
 from pipeline.recipe.validation import validate
-from pipeline.report.gates import METRICS, SELECTORS
 from pipeline.report.schema import Cell
 
 __all__ = ["load_cells", "load_recipe", "recipe_from_text", "recipes_from_text", "shipped_recipes"]
@@ -146,7 +147,7 @@ def _recipe(tree: Node, elsewhere: Mapping[str, int]) -> Recipe:
     data, positions = plain(tree)
     checked = validate(RecipeFile, data, positions)
     stages = _stages(checked, positions)
-    gates = _gates(checked, stages, positions, elsewhere)
+    gates = checked_gates(checked, [s.name for s in stages], positions, elsewhere)
     fields = {name: getattr(checked, name) for name in RecipeModel.model_fields}
     recipe = Recipe.model_construct(**fields, stages=stages, parsed_gates=gates)
     recipe._positions = positions
@@ -209,35 +210,3 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
                 hint=did_you_mean(given, known, noun="stages"),
             )
     return stages
-
-
-def _gates(recipe: RecipeModel, stages: list[Stage], positions: Positions, elsewhere: Mapping[str, int]) -> list[Gate]:
-    known = [SOURCE, *(s.name for s in stages)]
-    gates = []
-    for i, text in enumerate(recipe.gates):
-        where = positions.find(("gates", i))
-        try:
-            gate = parse_gate(text)
-        except ValueError as error:
-            raise RecipeError(str(error), location=where) from None
-        if gate.stage not in known:
-            hint = did_you_mean(gate.stage, known, noun="stages")
-            if gate.stage in elsewhere:
-                hint = f"cell {elsewhere[gate.stage]} has it; every cell needs the stages of its gates; {hint}"
-            raise RecipeError(f"gate {text!r}: there is no stage {gate.stage!r}", location=where, hint=hint)
-        if gate.metric not in METRICS:
-            raise RecipeError(
-                f"gate {text!r}: there is no metric {gate.metric!r}",
-                location=where,
-                hint=did_you_mean(gate.metric, METRICS, noun="metrics"),
-            )
-        for key, value in gate.selector.items():
-            if not METRICS[gate.metric].by_point:
-                raise RecipeError(f"gate {text!r}: {gate.metric} has no workload points to select", location=where)
-            if key not in SELECTORS:
-                hint = did_you_mean(key, SELECTORS, noun="selectors")
-                raise RecipeError(f"gate {text!r}: there is no selector {key!r}", location=where, hint=hint)
-            if not value.isdigit():
-                raise RecipeError(f"gate {text!r}: {key} should be a number of tokens or sequences", location=where)
-        gates.append(gate)
-    return gates

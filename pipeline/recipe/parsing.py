@@ -57,9 +57,20 @@ def parse(text: str, file: str) -> Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = Location(file, mark.line + 1, mark.column + 1) if mark else None
-        raise RecipeError(f"not YAML: {error.problem or error.context}", location=where) from None
+        told = error.problem or error.context
+        if where is not None and _tab_indents(text, where.line):
+            raise RecipeError(
+                "a tab at the beginning of a line; YAML is indented with spaces", location=where
+            ) from None
+        raise RecipeError(f"not YAML: {told}", location=where) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"not YAML: {' '.join(str(error).split())}", location=Location(file, 1, 1)) from None
+
+
+def _tab_indents(text: str, line: int) -> bool:
+    lines = text.splitlines()
+    found = lines[line - 1] if line <= len(lines) else ""
+    return "\t" in found[: len(found) - len(found.lstrip())]
 
 
 def _check_depth(text: str, file: str) -> None:

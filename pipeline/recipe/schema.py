@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from pipeline.errors import Location
 from pipeline.measure.looks import LEAST_ROUNDS
+from pipeline.recipe.names import NAME
 from pipeline.recipe.positions import Positions
 from pipeline.report.schema import Cell
 
@@ -21,7 +23,6 @@ COMPARISONS_FOLDER = "comparisons"
 SOURCE = "source"
 """The first stage: the untouched model."""
 
-NAME = r"^[a-z][a-z0-9_]*$"
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -149,6 +150,14 @@ class Workload(Part):
         None, description="[batch, length] of whole passes without a cache, instead of prompts and new tokens"
     )
 
+    @field_validator("prompt_lengths", "new_tokens", "batch_sizes", "forward")
+    @classmethod
+    def _no_point_twice(cls, given: Any) -> Any:
+        twice = [item for i, item in enumerate(given) if item in given[:i]] if isinstance(given, list) else []
+        if twice:
+            raise ValueError(f"{twice[0]} stands twice: a workload point is measured once")
+        return given
+
     @model_validator(mode="after")
     def _one_kind(self) -> Workload:
         others = sorted(self.model_fields_set - {"forward"})
@@ -214,11 +223,12 @@ class Evaluation(Part):
     workload: Workload = Field(Workload(), description="what speed is measured on")
     quality: Quality = Field(Quality(), description="what predictions are compared on")
 
-    @model_validator(mode="after")
-    def _looks_ascend(self) -> Evaluation:
-        if any(a >= b for a, b in zip(self.looks, self.looks[1:], strict=False)):
-            raise ValueError(f"looks have to ascend; got {self.looks}")
-        return self
+    @field_validator("looks")
+    @classmethod
+    def _looks_ascend(cls, looks: list[int]) -> list[int]:
+        if any(a >= b for a, b in pairwise(looks)):
+            raise ValueError(f"looks have to ascend; got {looks}")
+        return looks
 
 
 class RecipeModel(Part):
@@ -337,11 +347,29 @@ _GATE = re.compile(
 )
 
 
+_PARTS = re.compile(r"^\s*[^\s{<>=!]+\s*(\{[^}]*\})?\s*(?P<comparison>[<>=!]+)\s*(?P<bound>.*?)\s*$")
+
+
+def _nearest_fault(text: str) -> str:
+    """Which part of a gate cannot be read, if that can be told."""
+    known = " ".join(COMPARISONS)
+    parts = _PARTS.match(text)
+    if parts is None:
+        return f" with OP one of {known}"
+    if parts["comparison"] not in COMPARISONS:
+        return f": {parts['comparison']!r} is none of {known}"
+    try:
+        float(parts["bound"])
+    except ValueError:
+        return f": {parts['bound']!r} is no number; numbers have no unit, as in 7e6 for 7 MB"
+    return f" with OP one of {known}"
+
+
 def parse_gate(text: str) -> Gate:
     """Raises: ValueError where the text is not STAGE.METRIC[{key: value, …}] OP NUMBER."""
     match = _GATE.match(text)
     if match is None:
-        raise ValueError(f"{text!r} is not STAGE.METRIC OP NUMBER with OP one of {' '.join(COMPARISONS)}")
+        raise ValueError(f"{text!r} is not STAGE.METRIC OP NUMBER{_nearest_fault(text)}")
     selector = {}
     for pair in filter(None, (p.strip() for p in (match["selector"] or "").split(","))):
         key, colon, value = pair.partition(":")

@@ -9,9 +9,25 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import RecipeError, did_you_mean
+from pipeline.recipe.names import NAME, RUN_NAME
 from pipeline.recipe.positions import Path, Positions
 
 Value = TypeVar("Value", bound=BaseModel)
+
+WORDS = {
+    "model_type": "should be a mapping, `key: value`",
+    "dict_type": "should be a mapping, `key: value`",
+    "list_type": "should be a list: `[…]`, or lines that begin with `- `",
+    "tuple_type": "should be a list: `[…]`, or lines that begin with `- `",
+    "too_long": "should have at most {max_length} items, not {actual_length}",
+    "too_short": "should have at least {min_length} item(s), not {actual_length}",
+}
+"""pydantic's kinds of mistakes, in the words of a recipe."""
+
+PATTERN_WORDS = {
+    NAME: "should begin with a lower-case letter and go on with lower-case letters, digits and _",
+    RUN_NAME: "should begin with a letter or digit and go on with letters, digits, `.`, `_` and `-`",
+}
 
 
 def validate(model: type[Value], data: Any, positions: Positions, base: Path = ()) -> Value:
@@ -30,11 +46,16 @@ def validate(model: type[Value], data: Any, positions: Positions, base: Path = (
 
 def explain(error: ValidationError, model: type[BaseModel], positions: Positions, base: Path = ()) -> RecipeError:
     """All mistakes in one error, in the order of the file."""
-    found = []
+    by_place: dict[Path, list[dict[str, Any]]] = {}
     for detail in error.errors(include_url=False):
         location: Path = tuple(part for part in detail["loc"] if not _is_branch(part))
+        by_place.setdefault(location, []).append(dict(detail))
+    found = []
+    for location, details in by_place.items():
+        # Of a value that may be one thing or another, what is wrong with it as the thing that it is
+        telling = [d for d in details if not d["type"].endswith("_type")] or details
         where = positions.find((*base, *location))
-        found.append((where, _sentence(dict(detail), location, model)))
+        found += [(where, _sentence(detail, location, model)) for detail in telling]
     found.sort(key=lambda pair: (pair[0].line, pair[0].column))
     first = found[0][0]
     text = "\n".join(f"{where}: {sentence}" if i else sentence for i, (where, sentence) in enumerate(found))
@@ -68,6 +89,9 @@ def _sentence(detail: dict[str, Any], location: Path, model: type[BaseModel]) ->
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         return f"{name}: {message}" if name else message
+    if kind in WORDS:
+        message = WORDS[kind].format(**detail.get("ctx", {}))
+    message = PATTERN_WORDS.get(str(detail.get("ctx", {}).get("pattern")), message)
     message = message.replace("Input should be", "should be").replace("String should", "should")
     got = detail.get("input")
     shown = "nothing" if got is None else json.dumps(got, ensure_ascii=False)
@@ -77,7 +101,7 @@ def _sentence(detail: dict[str, Any], location: Path, model: type[BaseModel]) ->
 
 def _is_branch(part: str | int) -> bool:
     """True for the parts of a location that name a branch of a union rather than a key."""
-    return isinstance(part, str) and ("[" in part or part in {"str", "int", "float", "bool"})
+    return isinstance(part, str) and ("[" in part or part in {"str", "int", "float", "bool", "constrained-int"})
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 from pipeline.report.figures import noise_floor_in_words
-from pipeline.report.schema import GateResult, QualityFacts, Ratio, Report, Speed, StageReport
+from pipeline.report.schema import GateResult, Kind, QualityFacts, Ratio, Report, Speed, StageReport
 from pipeline.report.verdicts import is_contradicted, is_idle, noise_floor, why_undecided
 
 
@@ -44,6 +44,12 @@ class Metric(NamedTuple):
     """What it is the speed over: then it is a ratio between two stages."""
     from_speed: bool = False
     """Whether it rests on measured speed, without having a value for every workload point."""
+    kinds: tuple[Kind, ...] = ()
+    """It is known only where one of these is timed; empty: whatever is timed."""
+    paired: bool = False
+    """Whether it compares with the baseline, which has no such figure itself."""
+    share: bool = False
+    """Whether it lies between 0 and 1."""
 
 
 SELECTORS = ("batch", "prompt", "new_tokens")
@@ -172,8 +178,13 @@ def _roofline(field: str) -> Read:
     return _one(lambda stage: getattr(stage.roofline, field) if stage.roofline else None)
 
 
-def _ratio_metric(description: str, kind: str, over: Over = "vs_baseline") -> Metric:
-    return Metric(description, _speedup(kind, over), by_point=True, over=over)
+def _ratio_metric(description: str, kind: Kind, over: Over = "vs_baseline") -> Metric:
+    read = _speedup(kind, over)
+    return Metric(description, read, by_point=True, over=over, kinds=(kind,), paired=over == "vs_baseline")
+
+
+def _point_metric(description: str, kind: Kind, field: str) -> Metric:
+    return Metric(description, _rate(kind, field), by_point=True, kinds=(kind,))
 
 
 METRICS: dict[str, Metric] = {
@@ -189,27 +200,38 @@ METRICS: dict[str, Metric] = {
     "forward_speedup_over_parent": _ratio_metric(
         "tokens/s of whole passes over those of the stage that it was made from", "forward", "vs_parent"
     ),
-    "decode_tokens_per_s": Metric("decoded tokens a second", _rate("decode", "tokens_per_s"), by_point=True),
-    "prefill_tokens_per_s": Metric("prompt tokens a second", _rate("prefill", "tokens_per_s"), by_point=True),
-    "decode_latency_s": Metric("seconds for one token", _rate("decode", "latency_s"), by_point=True),
-    "prefill_latency_s": Metric("seconds for one prompt", _rate("prefill", "latency_s"), by_point=True),
-    "forward_tokens_per_s": Metric("tokens a second of whole passes", _rate("forward", "tokens_per_s"), by_point=True),
-    "forward_latency_s": Metric("seconds for one whole pass", _rate("forward", "latency_s"), by_point=True),
+    "decode_tokens_per_s": _point_metric("decoded tokens a second", "decode", "tokens_per_s"),
+    "prefill_tokens_per_s": _point_metric("prompt tokens a second", "prefill", "tokens_per_s"),
+    "decode_latency_s": _point_metric("seconds for one token", "decode", "latency_s"),
+    "prefill_latency_s": _point_metric("seconds for one prompt", "prefill", "latency_s"),
+    "forward_tokens_per_s": _point_metric("tokens a second of whole passes", "forward", "tokens_per_s"),
+    "forward_latency_s": _point_metric("seconds for one whole pass", "forward", "latency_s"),
     "mbu": Metric(
-        "share of the host's bandwidth that decode used, at its first workload point", _roofline("mbu"), from_speed=True
+        "share of the host's bandwidth that decode used, at its first workload point",
+        _roofline("mbu"),
+        from_speed=True,
+        kinds=("decode",),
     ),
     "mfu": Metric(
         "share of the host's arithmetic that the first prompt, or whole pass, used", _roofline("mfu"), from_speed=True
     ),
-    "bytes_per_token": Metric("read from memory for one decoded token, counted", _roofline("bytes_per_token")),
+    "bytes_per_token": Metric(
+        "read from memory for one decoded token, counted", _roofline("bytes_per_token"), kinds=("decode",)
+    ),
     "break_even_tokens": Metric(
-        "tokens after which its making is earned back; infinite where never", _break_even, from_speed=True
+        "tokens after which its making is earned back; infinite where never",
+        _break_even,
+        from_speed=True,
+        kinds=("decode", "forward"),
+        paired=True,
     ),
     "perplexity": Metric("on the held-out text", _scored(lambda q: q.perplexity)),
-    "perplexity_ratio": Metric("perplexity over the baseline's, paired", _perplexity_ratio),
-    "kl_divergence": Metric("KL(baseline || stage), nats per token", _paired("kl_divergence")),
-    "top1_agreement": Metric("share of tokens with the same most likely next token", _paired("top1_agreement")),
-    "max_abs_logit_error": Metric("largest difference of any logit", _paired("max_abs_logit_error")),
+    "perplexity_ratio": Metric("perplexity over the baseline's, paired", _perplexity_ratio, paired=True),
+    "kl_divergence": Metric("KL(baseline || stage), nats per token", _paired("kl_divergence"), paired=True),
+    "top1_agreement": Metric(
+        "share of tokens with the same most likely next token", _paired("top1_agreement"), paired=True, share=True
+    ),
+    "max_abs_logit_error": Metric("largest difference of any logit", _paired("max_abs_logit_error"), paired=True),
     "size_bytes": Metric("bytes of the artifact", _one(_size)),
     "size_ratio": Metric("bytes of the artifact over the baseline's", _over_baseline(_size)),
     "weights_bytes": Metric("bytes of its weights", _one(_weights)),
@@ -224,7 +246,7 @@ METRICS: dict[str, Metric] = {
         "Cast nodes of the graph", _one(lambda s: s.effect.casts[1] if s.effect and s.effect.casts else None)
     ),
     "slow_nodes": Metric("nodes without a fast kernel at their settings", _one(_slow_nodes)),
-    "weights_quantized": Metric("share of the parent's weights that the stage quantized", _one(_quantized)),
+    "weights_quantized": Metric("share of the parent's weights that the stage quantized", _one(_quantized), share=True),
     "conversion_memory_bytes": Metric("of the pass, anonymous + shared", _one(lambda s: s.cost.peak_memory_bytes)),
     "conversion_s": Metric("seconds that the pass took when it ran", _one(lambda s: s.cost.wall_s)),
 }

@@ -71,7 +71,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
         ("# only a comment\n", "r.yaml:1:1: the file is empty"),
         ("- a\n- b\n", "a recipe is a mapping"),
         ("a: [1\nb: 2\n", "r.yaml:2:2: not YAML"),
-        ("a:\n\t- b\n", "r.yaml:2:1: not YAML"),
+        ("a:\n\t- b\n", "r.yaml:2:1: a tab"),
         ("version: 7\nname: x\n", "r.yaml:1:1: this is a recipe of version 7; this program reads version 1"),
         ("name: a\nname: b\n", "r.yaml:2:1: the key 'name' stands twice"),
         ("1: a\n", "r.yaml:1:1: a key has to be text"),
@@ -88,6 +88,20 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
         (HEAD + "gates: ['source.decode_tokens_per_s{bach: 1} > 1']\n", "did you mean 'batch'?"),
         (HEAD + "gates: ['source.decode_tokens_per_s{batch: one} > 1']\n", "batch should be a number"),
         (HEAD + "gates: ['source.size_bytes{batch: 1} > 1']\n", "has no workload points to select"),
+        (
+            HEAD + "gates: ['source.decode_tokens_per_s{batch: 7} > 1']\n",
+            "it has batch: 1, prompt: 128, new_tokens: 64",
+        ),
+        (HEAD + "gates: ['source.prefill_latency_s{new_tokens: 64} < 1']\n", "the workload has no such point"),
+        (HEAD + "gates: [source.forward_latency_s < 1]\n", "times decode and prefill, and forward_latency_s is of"),
+        (HEAD + "gates: [source.decode_speedup >= 1.1]\n", "source is the baseline, with which decode_speedup"),
+        (HEAD + "gates: [source.kl_divergence <= 1]\n", "source is the baseline, with which kl_divergence"),
+        (HEAD + "gates: [source.decode_speedup_over_parent > 1]\n", "source was made from no other stage"),
+        (HEAD + "gates: [source.weights_quantized >= 95]\n", "a share, which is never more than 1\n  0.95 is 95 %"),
+        (
+            HEAD + "evaluate: {workload: {forward: [[2, 64]]}}\ngates: [source.mbu > 0]\n",
+            "the workload times forward, and mbu is of decode",
+        ),
         (HEAD + "evaluate: {quality: {window: 8, stride: 8}}\n", "stride (8) has to be smaller than window (8)"),
         (HEAD + "seed: -1\n", "seed should be greater than or equal to 0; got -1"),
         (HEAD + "evaluate: {budget_s: '60'}\n", 'evaluate.budget_s should be a valid number; got "60"'),
@@ -96,10 +110,18 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
             HEAD + "evaluate: {looks: [2]}\n",
             "r.yaml:4:20: evaluate.looks.0 should be greater than or equal to 3; got 2",
         ),
-        (HEAD + "evaluate: {looks: [12, 12]}\n", "looks have to ascend"),
+        (HEAD + "evaluate: {looks: [12, 12]}\n", "r.yaml:4:12: evaluate.looks: looks have to ascend"),
+        (HEAD + "evaluate: {looks: [3, 4, 5, 6, 7]}\n", "evaluate.looks should have at most 4 items, not 5"),
+        (HEAD + "evaluate: {workload: {batch_sizes: [1, 4, 1]}}\n", "batch_sizes: 1 stands twice"),
+        (HEAD + "evaluate: {workload: {forward: [[1, 8], [1, 8]]}}\n", "forward: [1, 8] stands twice"),
+        (HEAD + "passes: [export_onnx]\n", 'passes.0 should be a mapping, `key: value`; got "export_onnx"'),
+        (HEAD + "gates: x\n", 'gates should be a list: `[…]`, or lines that begin with `- `; got "x"'),
+        (HEAD + "passes:\n\t- pass: a\n", "r.yaml:5:1: a tab at the beginning of a line"),
+        (HEAD + "gates: [source.size_bytes <= 7MB]\n", "'7MB' is no number; numbers have no unit"),
+        (HEAD + "gates: [source.size_bytes =< 7]\n", "'=<' is none of >= <= > < =="),
         (HEAD + "evaluate: {quality: {window: 4, stride: 8}}\n", "stride (8) has to be smaller than window (4)"),
         (HEAD + "passes: [{name: a}]\n", "r.yaml:4:10: the key 'pass' is missing"),
-        (HEAD + "passes: [{pass: a, name: Big}]\n", "passes.0.name should match pattern"),
+        (HEAD + "passes: [{pass: a, name: Big}]\n", "passes.0.name should begin with a lower-case letter"),
         (HEAD + "passes: [{pass: a}, {pass: a}]\n", "two stages are named 'a'"),
         (HEAD + "passes: [{pass: source}]\n", "'source' is reserved"),
         (HEAD + "passes: [{pass: a, after: bb}, {pass: b}]\n", "r.yaml:4:20: a: the stage 'bb' is not there"),
@@ -112,11 +134,17 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
         (HEAD + "gates: [source.sise_bytes < 1]\n", "did you mean 'size_bytes'?"),
         ("version: 1\nname: x\nmodel: {}\n", "is needed; given: none"),
         ("version: 1\nname: x\nmodel: {builtin: a, path: b}\n", "given: builtin, path"),
-        ("version: 1\nname: ../x\nmodel: {builtin: a}\n", "name should match pattern"),
+        ("version: 1\nname: ../x\nmodel: {builtin: a}\n", "name should begin with a letter or digit"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_one_clear_message(text: str, expected: str) -> None:
     assert expected in complaint(text)
+
+
+def test_a_value_that_may_be_a_number_or_a_list_is_told_once_what_is_wrong() -> None:
+    assert complaint(HEAD + "evaluate: {workload: {new_tokens: 0}}\n") == (
+        "r.yaml:4:23: evaluate.workload.new_tokens should be greater than or equal to 1; got 0"
+    )
 
 
 def test_aliases_of_aliases_do_not_fill_the_memory() -> None:
@@ -186,7 +214,9 @@ def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_gates_selector_is_read() -> None:
-    gate = read(HEAD + "gates: ['source.decode_tokens_per_s{batch: 4, prompt: 16} >= 1e3']\n").parsed_gates[0]
+    workload = "evaluate: {workload: {batch_sizes: [1, 4], prompt_lengths: [16]}}\n"
+    text = HEAD + workload + "gates: ['source.decode_tokens_per_s{batch: 4, prompt: 16} >= 1e3']\n"
+    gate = read(text).parsed_gates[0]
     assert gate.selector == {"batch": "4", "prompt": "16"}
     assert gate.holds(1000)
     assert not gate.holds(999)
