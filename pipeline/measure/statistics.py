@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -41,6 +42,7 @@ __all__ = [
     "SpeedRatio",
     "Verdict",
     "compare_stages",
+    "contrasts",
     "decide",
     "speed_figures",
     "verdict",
@@ -233,6 +235,29 @@ def compare_stages(
     return {pair.point: ratio for pair, ratio in seen.ratios(pairs, margin=margin, alpha=alpha / comparisons).items()}
 
 
+class Contrast(Frozen):
+    """How much faster one stage is than another, from the rounds that both have: 95 % interval, of this pair alone."""
+
+    stage: str
+    other: str
+    point: Point
+    ratio: float
+    low: float
+    high: float
+
+
+def contrasts(samples: Iterable[Sample], *, baseline: str, points: Sequence[Point]) -> Iterator[Contrast]:
+    """Every two stages but the baseline, in the order of the samples, where two rounds have both."""
+    seen = _Blocks(samples, baseline)
+    others = [stage for stage in seen.stages if stage != baseline]
+    for point in points:
+        for stage, other in combinations(others, 2):
+            if (found := seen.interval(_Pair(stage, other, point))) is not None:
+                yield Contrast(
+                    stage=stage, other=other, point=point, ratio=found.median, low=found.low, high=found.high
+                )
+
+
 @dataclass(frozen=True)
 class _Pair:
     """A stage, the one that it is compared with, and where."""
@@ -308,6 +333,11 @@ class _Blocks:
             if (again := self._to_baseline[point].get(None)) is not None:
                 interval = _interval(again)
                 yield NoiseFloor(**point.model_dump(), ratio_low=interval.low, ratio_high=interval.high)
+
+    def interval(self, pair: _Pair) -> Interval | None:
+        """95 %, of this pair alone; None where no two rounds have both."""
+        found = self._estimate(pair)
+        return None if found is None else _interval(found)
 
     def _estimate(self, pair: _Pair) -> Estimate | None:
         if pair.other == self.baseline:

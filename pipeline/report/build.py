@@ -27,6 +27,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipe.schema import SOURCE
 from pipeline.report.break_even import break_even
 from pipeline.report.gates import Condition, evaluate_gate
+from pipeline.report.paired import every_contrast
 from pipeline.report.pareto import pareto
 from pipeline.report.schema import (
     ArtifactFacts,
@@ -133,6 +134,7 @@ def build_report(
         schedule=_schedule(speed),
         noise_floor=tuple(NoiseFloor(**{**f.model_dump(), "new_tokens": f.new_tokens or None}) for f in floors),
         stages=_with_rooflines(stages, plan, probed, measured),
+        contrasts=every_contrast(speed) if speed is not None else (),
     )
     sources = {s.name: (*filter(None, (s.parent,)), *s.inputs.values()) for s in plan.stages}
     earned = [s.model_copy(update={"break_even": break_even(s, draft, sources)}) for s in draft.stages]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.measure.samples import SpeedMeasurement
-from pipeline.measure.statistics import SpeedRatio, compare_stages
-from pipeline.report.schema import PairedSpeed, Ratio
+from pipeline.measure.statistics import SpeedRatio, compare_stages, contrasts
+from pipeline.report.schema import Contrast, PairedSpeed, Ratio
 
 
 def paired_speed(
@@ -35,6 +35,19 @@ def paired_speed(
             ratio=_claimed(ratio, fits=measured.fits),
         )
         for point, ratio in found.items()
+    )
+
+
+def every_contrast(measured: SpeedMeasurement) -> tuple[Contrast, ...]:
+    """Every two stages but the baseline, at the first workload point of each kind."""
+    points = {sample.point.kind: sample.point for sample in reversed(measured.samples)}
+    found = contrasts(measured.samples, baseline=measured.baseline, points=list(points.values()))
+    return tuple(
+        Contrast(
+            **pair.model_dump(exclude={"point"}),
+            **{**pair.point.model_dump(), "new_tokens": pair.point.new_tokens or None},
+        )
+        for pair in found
     )
 
 

@@ -64,3 +64,28 @@ def apart(point: Speed, report: Report) -> str:
 def _order(key: PointKey) -> tuple[int, int, int, int]:
     kind, batch, prompt, new_tokens = key
     return KINDS.index(kind), batch, prompt, new_tokens or 0
+
+
+def is_faster(stage: StageReport, other: StageReport, point: Speed, report: Report) -> bool:
+    """Whether the one was shown to be faster than the other at a workload point.
+
+    By the 95 % interval of their own ratio, from the rounds that both ran in. Where the report does not have it, by the
+    intervals of their ratios to the baseline, or of their speeds, if these do not overlap: that shows less.
+    """
+    for contrast in report.contrasts:
+        if contrast.point == point.point and {contrast.stage, contrast.other} == {stage.name, other.name}:
+            return contrast.low > 1 if contrast.stage == stage.name else contrast.high < 1
+    mine, theirs = speed_at(stage, point), speed_at(other, point)
+    if mine is None or theirs is None:
+        return False
+    if stage.parent == other.name and mine.vs_parent is not None:
+        return mine.vs_parent.low > 1
+    if other.parent == stage.name and theirs.vs_parent is not None:
+        return theirs.vs_parent.high < 1
+    if other.name == report.baseline and mine.vs_baseline is not None:
+        return mine.vs_baseline.low > 1
+    if stage.name == report.baseline and theirs.vs_baseline is not None:
+        return theirs.vs_baseline.high < 1
+    if mine.vs_baseline is not None and theirs.vs_baseline is not None:
+        return mine.vs_baseline.low > theirs.vs_baseline.high
+    return mine.tokens_per_s.low > theirs.tokens_per_s.high

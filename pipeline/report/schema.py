@@ -331,6 +331,24 @@ class PairedSpeed(Part):
         return self.kind, self.batch, self.prompt, self.new_tokens
 
 
+class Contrast(Part):
+    """Speed of one stage over that of another, in the rounds that both ran in; 95 % interval, of this pair alone."""
+
+    stage: str
+    other: str
+    kind: Kind
+    batch: int
+    prompt: int
+    new_tokens: int | None = None
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def point(self) -> PointKey:
+        return self.kind, self.batch, self.prompt, self.new_tokens
+
+
 class Contribution(Part):
     """What a pass contributed: the whole chain against the chain without it, from the same rounds."""
 
@@ -406,6 +424,9 @@ class Report(Part):
     stages: tuple[StageReport, ...]
     gates: tuple[GateResult, ...] = ()
     ablation: Ablation | None = None
+    contrasts: tuple[Contrast, ...] = Field(
+        (), description="every two stages but the baseline, at the first workload point of each kind"
+    )
     pareto: tuple[str, ...] = Field(
         (), description="stages that no other was shown to beat: faster and not worse, or better and not slower"
     )

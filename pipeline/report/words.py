@@ -17,7 +17,7 @@ from pipeline.report.figures import (
     times,
     times_interval,
 )
-from pipeline.report.points import KINDS, apart, speed_at
+from pipeline.report.points import KINDS, apart, is_faster, speed_at
 from pipeline.report.schema import BreakEven, Divergence, QualityRatio, Ratio, Report, Speed, StageReport
 from pipeline.report.speed_words import speed_clauses
 from pipeline.report.verdicts import contradicts, is_contradicted, is_idle, margin_of, over_parent
@@ -274,19 +274,14 @@ def _fastest(report: Report, kind: str) -> str:
     ratio, point, best = winners[0]
     # one whose own verdict is inconclusive may be faster still
     others = sorted((e for e in entered if e[2].name != best.name), key=lambda e: -e[0].ratio)
-    tied = [s.name for r, _, s in others if r.high >= ratio.low and not _decided(point, best, s)]
+    tied = [s.name for _, _, s in others if not is_faster(best, s, point, report)]
     line = f"Fastest {work}{at}: {best.name}, {times(ratio.ratio)} {report.baseline} "
     line += f"({times_interval(ratio.ratio, ratio, margin_of(report))})"
     if kind == front_kind(report):
         line += f", {_price(best, report)}"
     if tied:
-        line += f"; {_listed(tied)} cannot be told from it, for the intervals overlap"
+        line += f"; {_listed(tied)} cannot be told from it"
     return line + "."
-
-
-def _decided(point: Speed, best: StageReport, other: StageReport) -> bool:
-    """Whether the two were compared directly and the winner was shown to be faster."""
-    return best.parent == other.name and point.vs_parent is not None and point.vs_parent.verdict == "faster"
 
 
 def _price(stage: StageReport, report: Report) -> str:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.measure.looks import LookPlan
 from pipeline.measure.samples import Sample
-from pipeline.measure.statistics import SpeedFigures, SpeedRatio, compare_stages, decide, speed_figures
+from pipeline.measure.statistics import SpeedFigures, SpeedRatio, compare_stages, contrasts, decide, speed_figures
 from pipeline.measure.workload import Point
 
 DECODE = Point(kind="decode", batch=2, prompt=8, new_tokens=4)
@@ -322,3 +322,17 @@ def test_wildly_different_rounds_still_give_numbers() -> None:
     found = ratio({("source", 0): [[1e-4, 1e2]], ("source", 1): [[1e2, 1e-4]], ("int4", 0): [[1e2, 1e-4]]})
     assert 0 < found.low < found.ratio < found.high < math.inf
     assert found.verdict == "inconclusive"
+
+
+def test_every_two_stages_are_held_against_each_other_but_the_baseline() -> None:
+    times = three(2.0, launches=3, rounds=4, noise=0.01)
+    times["int8", 0] = noisy(1.5, launches=3, rounds=4, noise=0.01)[2]
+    times["late", 0] = noisy(1.2, launches=3, rounds=4, noise=0.01)[2]
+    found = {(c.stage, c.other): c for c in contrasts(samples(times), baseline="source", points=[DECODE])}
+    assert {frozenset(pair) for pair in found} == {
+        frozenset(pair) for pair in (("int4", "int8"), ("int4", "late"), ("int8", "late"))
+    }
+    for (stage, other), contrast in found.items():
+        direct = compare_stages(samples(times), stage, other, baseline="source")[DECODE]
+        assert (contrast.ratio, contrast.low, contrast.high) == (direct.ratio, direct.low, direct.high)
+    assert list(contrasts(samples(times), baseline="source", points=[])) == []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from every_case import forward_report, rich_report
 
-from pipeline.report.points import apart, first_points, point_in_words, points_of, speed_at, timed_at
+from pipeline.report.points import apart, first_points, is_faster, point_in_words, points_of, speed_at, timed_at
+from pipeline.report.schema import Contrast, Report
 
 RICH = rich_report()
 
@@ -50,3 +51,19 @@ def test_a_point_is_told_by_what_makes_it_different() -> None:
 
 def test_the_work_is_said_in_words() -> None:
     assert point_in_words(points_of(forward_report())[0]) == "forward pass of 1024 tokens, batch 2"
+
+
+def test_of_two_stages_their_own_ratio_decides_and_else_what_their_other_ratios_show(report: Report) -> None:
+    source, export, int4 = (report.stage(name) for name in ("source", "export_onnx", "int4"))
+    assert export.speed is not None
+    decode = next(p for p in export.speed if p.kind == "decode")
+    assert is_faster(export, int4, decode, report)  # 2.50-2.56 and 0.97-1.08 times the baseline
+    assert not is_faster(int4, export, decode, report)
+    assert is_faster(export, source, decode, report)
+    assert not is_faster(source, export, decode, report)
+    where = {"kind": "decode", "batch": 1, "prompt": 128, "new_tokens": decode.new_tokens}
+    for low, high, faster in ((1.1, 1.3, True), (0.9, 1.2, False), (0.7, 0.9, False)):
+        contrast = Contrast(stage="int4", other="export_onnx", ratio=(low + high) / 2, low=low, high=high, **where)
+        found = report.model_copy(update={"contrasts": (contrast,)})
+        assert is_faster(int4, export, decode, found) == faster
+        assert is_faster(export, int4, decode, found) == (high < 1)
