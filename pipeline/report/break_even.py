@@ -16,7 +16,8 @@ def break_even(stage: StageReport, report: Report, sources: Mapping[str, Sequenc
 
     `sources` names the stages that each was made from. The cost is that of the stage and of all that it was made from,
     but for what the baseline needs itself, each as it was when it was made. A token earns the difference between the
-    baseline's time and the stage's, by the paired ratio; its interval's ends give those of the tokens.
+    baseline's time and the stage's, by the paired ratio. The ends take the interval of that ratio and of the baseline's
+    own time at once, which is wider than either alone asks for.
     """
     point = deciding_point(stage)
     if point is None or point.vs_baseline is None or point.vs_baseline.verdict != "faster":
@@ -28,15 +29,18 @@ def break_even(stage: StageReport, report: Report, sources: Mapping[str, Sequenc
     cost_s = cost_of(stage.name, report, sources)
     if theirs is None or cost_s is None:
         return None
-    ratio = point.vs_baseline
-    token_s = 1 / theirs.tokens_per_s.median
+    ratio, rate = point.vs_baseline, theirs.tokens_per_s
 
-    def tokens(speedup: float) -> int | None:
-        saved_s = token_s * (1 - 1 / speedup)
+    def tokens(speedup: float, per_s: float) -> int | None:
+        saved_s = (1 - 1 / speedup) / per_s if per_s > 0 else 0.0
         return math.ceil(cost_s / saved_s) if saved_s > 0 else None
 
     return BreakEven(
-        cost_s=cost_s, tokens=tokens(ratio.ratio), low=tokens(ratio.high), high=tokens(ratio.low), kind=point.kind
+        cost_s=cost_s,
+        tokens=tokens(ratio.ratio, rate.median),
+        low=tokens(ratio.high, rate.low),
+        high=tokens(ratio.low, rate.high),
+        kind=point.kind,
     )
 
 

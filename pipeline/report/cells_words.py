@@ -63,7 +63,7 @@ def claim(figure: CellFigure) -> str:
         return ""
     if ratio.verdict == "inconclusive":
         rounds = rounds_in_words(ratio)
-        return "inconclusive" + (f", {rounds} rounds would decide" if rounds else "")
+        return "inconclusive" + (f", {rounds} rounds may decide" if rounds else "")
     return ratio.verdict
 
 

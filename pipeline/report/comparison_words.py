@@ -120,7 +120,7 @@ def caveat(point: ComparedSpeed, stage: ComparedStage) -> str:
     ratio = point.ratio
     told: list[str] = []
     if ratio.verdict == "inconclusive" and (rounds := rounds_in_words(ratio)):
-        told.append(f"{rounds} rounds would decide")
+        told.append(f"{rounds} rounds may decide")
     if not point.paired:
         told.append(f"unpaired, from {point.runs_in_history} runs")
     if stage.contradicts(point):

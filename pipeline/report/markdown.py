@@ -92,7 +92,7 @@ def _head(report: Report) -> Iterator[str]:
     target = plain(report.hardware.get("name"))
     yield (
         f"\nMeasured on {plain(report.host.get('cpu_model'))}, {report.threads} threads; target {target}. "
-        + ("" if target == "local" else "No figure here is one of the target. ")
+        + ("" if target == "local" else "No measured figure here is one of the target. ")
         + f"Run {code(report.run)}, {plain(report.created)}, {figures.seconds(report.wall_s)}."
     )
     if report.model is not None:

@@ -19,7 +19,7 @@ MANY_ROUNDS = 1000
 """How many more than this would decide is a figure without use: nobody waits for them."""
 
 RATIO_NOTE = (
-    "A ratio is the median of the ratios within each round, in which both ran one after the other; the medians of "
+    "A ratio is the median of the ratios within each round, in which both took turns; the medians of "
     "tokens/s are taken over all rounds, fast and slow minutes of the machine alike, so their quotient differs from it."
 )
 """Why 2.02 × is not the one column divided by the other."""
@@ -62,7 +62,7 @@ def why_undecided(ratio: Ratio, point: Speed | PairedSpeed, report: Report) -> s
     if ratio.verdict != "inconclusive":
         return ""
     rounds = rounds_in_words(ratio)
-    return ", ".join(filter(None, (_obstacle(ratio, point, report), rounds and f"{rounds} rounds would decide")))
+    return ", ".join(filter(None, (_obstacle(ratio, point, report), rounds and f"{rounds} rounds may decide")))
 
 
 def undecided_in_words(points: Sequence[tuple[str, Speed]], report: Report) -> list[str]:
@@ -78,8 +78,8 @@ def undecided_in_words(points: Sequence[tuple[str, Speed]], report: Report) -> l
             continue
         stages = by_reason.setdefault(_obstacle(ratio, point, report), [])
         if rounds := rounds_in_words(ratio):
-            explained = any("would decide" in words for listed in by_reason.values() for words in listed)
-            rounds = f" ({rounds})" if explained else f" ({rounds} rounds would decide)"
+            explained = any("may decide" in words for listed in by_reason.values() for words in listed)
+            rounds = f" ({rounds})" if explained else f" ({rounds} rounds may decide)"
         stages.append(f"{name}{rounds}")
     return [
         f"inconclusive{', ' if reason else ''}{reason}: {', '.join(stages)}"
@@ -103,6 +103,9 @@ def _obstacle(ratio: Ratio, point: Speed | PairedSpeed, report: Report) -> str:
         return f"inside {noise_floor_in_words(floor)}"
     if floor > margin_of(report) and _reaches(ratio, floor):  # a lower floor forbids no claim that the margin allows
         return f"reaches into {noise_floor_in_words(floor)}"
+    margin = margin_of(report)
+    if ratio.low > 1 + margin or ratio.high < 1 / (1 + margin):
+        return "shown by its own interval, and not for all comparisons at once"
     return ""
 
 

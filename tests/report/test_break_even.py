@@ -29,8 +29,9 @@ def test_a_faster_stage_earns_its_making_back(report: Report) -> None:
     token_s = 1 / 98.7
     assert (found.cost_s, found.kind) == (60.0, "decode")
     assert found.tokens == pytest.approx(60 / (token_s * (1 - 1 / 2.53)), abs=1)
-    assert found.low == pytest.approx(60 / (token_s * (1 - 1 / 2.56)), abs=1)
-    assert found.high == pytest.approx(60 / (token_s * (1 - 1 / 2.5)), abs=1)
+    slow, fast = 98.7 * 0.98, 98.7 * 1.02  # the ends of the baseline's own interval
+    assert found.low == pytest.approx(60 * slow / (1 - 1 / 2.56), abs=1)
+    assert found.high == pytest.approx(60 * fast / (1 - 1 / 2.5), abs=1)
     assert found.low < found.tokens < found.high  # type: ignore[operator]
 
 

@@ -131,7 +131,7 @@ def test_a_pass_that_matched_no_node_is_shown_with_0_of_155_nodes(cells: CellsRe
     page = render_cells_markdown(cells)
     row = next(line for line in page.splitlines() if line.startswith("| fuse | **"))
     assert (
-        "**+1.2 %**<br>(+0.6 to +1.8 %)<br>inconclusive, about 190 rounds would decide<br>changed 0 of 155 nodes" in row
+        "**+1.2 %**<br>(+0.6 to +1.8 %)<br>inconclusive, about 190 rounds may decide<br>changed 0 of 155 nodes" in row
     )
     assert "fuse changed nothing (0 of 155 nodes): +1.2 % in " in page
 

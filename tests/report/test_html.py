@@ -266,7 +266,7 @@ def test_an_undecided_figure_is_no_headline(rich: Report) -> None:
     assert top["prefill speed"] == ("0.995 ×", "equivalent", False)
     below = next(t for t in tiles(rich.model_copy(update={"export": LONG})) if t.doubtful)
     assert below.below == "1.007 ×, 95 %: 0.916–1.098"
-    assert below.note == "reaches into the noise floor of 1.6 %, about 190 rounds would decide"
+    assert below.note == "reaches into the noise floor of 1.6 %, about 190 rounds may decide"
 
 
 def test_garbage_has_no_figure_at_the_top(rich: Report) -> None:

@@ -96,4 +96,4 @@ def test_the_headline_and_every_stage_are_told() -> None:
 
 
 def test_a_figure_of_the_host_is_never_the_targets() -> None:
-    assert "target i7-1165g7. No figure here is one of the target." in render_markdown(rich_report())
+    assert "target i7-1165g7. No measured figure here is one of the target." in render_markdown(rich_report())

@@ -48,7 +48,7 @@ def test_the_ablation_has_a_line_for_every_pass_and_point() -> None:
     )
     assert longer[1:5] == ("decode of 256 tokens after 128, batch 1", "1.28 ×", "1.24–1.32", "faster")
     assert cleanup[4] == (
-        "inconclusive, inside the noise floor of 1.6 %, about 190 rounds would decide, its own stage changed nothing"
+        "inconclusive, inside the noise floor of 1.6 %, about 190 rounds may decide, its own stage changed nothing"
     )
     assert export[1] == f"fuse_attention takes onnx {HOSTILE}"
     assert set(export[2:]) == {"–"}

@@ -34,12 +34,13 @@ def ratio(low: float, high: float, **more: object) -> Ratio:
         (ratio(1.21, 1.59), 0.46, "reaches into the noise floor of 46.0 %"),
         (ratio(0.8, 1.59), 0.016, "reaches into the noise floor of 1.6 %"),
         (ratio(1.005, 1.03, inside_floor=True), 0.006, ""),  # it is the margin that it reaches into
-        (ratio(1.02, 1.03), 0.016, ""),
-        (ratio(1.02, 1.03, rounds_to_decide=190), 0.016, "about 190 rounds would decide"),
+        (ratio(1.005, 1.03), 0.004, ""),
+        (ratio(1.02, 1.03), 0.016, "shown by its own interval, and not for all comparisons at once"),
+        (ratio(1.005, 1.03, rounds_to_decide=190), 0.004, "about 190 rounds may decide"),
         (
             ratio(1.02, 1.03, rounds_to_decide=4100),
             None,
-            "the noise floor is not known, over 1,000 rounds would decide",
+            "the noise floor is not known, over 1,000 rounds may decide",
         ),
         (ratio(0.99, 1.01, verdict="equivalent"), 0.016, ""),
         (ratio(2.0, 3.0, verdict="faster", inside_floor=True), 0.016, ""),
@@ -138,7 +139,8 @@ def test_what_keeps_stages_from_a_verdict_is_told_once_for_all_of_them() -> None
         timed("beyond", ratio(1.02, 1.03)),
     ]
     assert undecided_in_words(undecided, report) == [
-        "inconclusive, reaches into the noise floor of 1.6 %: near (about 25 rounds would decide), nearer (over 1,000)",
+        "inconclusive, reaches into the noise floor of 1.6 %: near (about 25 rounds may decide), nearer (over 1,000)",
         "inconclusive, inside the noise floor of 1.6 %: within",
+        "inconclusive, shown by its own interval, and not for all comparisons at once: beyond",
     ]
     assert undecided_in_words(undecided[:2], report) == []

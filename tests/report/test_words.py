@@ -378,12 +378,12 @@ def test_what_would_decide_is_told_of_the_baseline_and_not_again_of_the_parent()
     point = stage.speed[1].model_copy(update={"vs_parent": stage.speed[1].vs_baseline})
     told = sentence(stage.model_copy(update={"speed": (point,), "parent": "fused"}), RICH)
     assert "and inconclusive against fused, 1.007 × (0.916–1.098)" in told
-    assert told.count("rounds would decide") == 1
+    assert told.count("rounds may decide") == 1
 
 
 def test_an_undecided_speed_says_what_would_decide_it() -> None:
     told = sentence(FORWARD.stage("source"), FORWARD)
-    assert "rounds would decide" not in told
+    assert "rounds may decide" not in told
     alone = RICH.stage(LONG)
     assert alone.speed is not None
     one = alone.model_copy(update={"speed": alone.speed[1:2], "parent": "source"})
