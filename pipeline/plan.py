@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -165,6 +165,7 @@ def make_plan(
         threads=recipe.evaluate.threads or min(cores),
         notes=(
             *_model_notes(source),
+            *_settings_notes(recipe, source, host),
             *_differences(profile, host),
             *_does_not_fit(stages_with_memory, profile),
             *doubts,
@@ -191,7 +192,20 @@ def _check_workload(recipe: Recipe, source: Source) -> None:
             f"a prompt of {prompt} and {new} new tokens take {prompt + new} positions; "
             f"the model has {source.max_length}",
             location=recipe.location("evaluate", "workload", "prompt_lengths"),
+            hint="lower evaluate.workload.prompt_lengths or new_tokens",
         )
+
+
+def _settings_notes(recipe: Recipe, source: Source, host: Host) -> Iterator[str]:
+    """What a run will not do quite as the recipe says, or what will not serve it."""
+    window, threads = recipe.evaluate.quality.window, recipe.evaluate.threads
+    if source.max_length is not None and window > source.max_length:
+        yield (
+            f"evaluate.quality.window is {window}: quality is scored in windows of {source.max_length}, "
+            "for the model has no more positions"
+        )
+    if threads is not None and threads > host.physical_cores:
+        yield f"evaluate.threads is {threads}: this host has {host.physical_cores} cores, for which they will wait"
 
 
 def _check_caches(recipe: Recipe, sizes: Mapping[str, ModelSize]) -> None:

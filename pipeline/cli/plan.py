@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from pipeline.report.schema import PredictedMemory
 
 
+WIDE = 100
+"""Columns of a terminal below which a plan leaves out where a stage comes from, and its key."""
+
+
 def plan_verb(
     recipe: RecipeArgument,
     set_: SetOption = None,
@@ -33,22 +37,31 @@ def plan_verb(
     from pipeline.cli.output import console, fail
     from pipeline.errors import HostError
     from pipeline.recipe import Recipe
+    from pipeline.report.columns import name_lines
     from pipeline.resolve import plan_recipe
 
     def plan_one(loaded: Recipe) -> tuple[int, Any]:
         plan = plan_recipe(loaded, until=until, only=only, force=force)
         if not json:
+            output = console()
+            wide = output.width >= WIDE
+            longest = output.width // 6 if wide else output.width // 5
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-            for column in ("stage", "pass", "from", "status", "key"):
-                table.add_column(column, overflow="fold")
+            for column in ("stage", "pass", *(("from",) if wide else ()), "status", *(("key",) if wide else ())):
+                table.add_column(column, no_wrap=True)  # names are broken where their words end, and keys nowhere
             for column in ("to make", "to run"):
-                table.add_column(column, justify="right", overflow="fold")
+                table.add_column(column, justify="right", no_wrap=True)
             table.add_column("why", overflow="fold")
             for stage in plan.stages:
-                sources = ", ".join([stage.parent or "", *stage.inputs.values()])
-                row = (stage.name, stage.pass_name, sources, stage.status, stage.key[:12])
+                names = [stage.name, stage.pass_name]
+                if wide:
+                    names.append(", ".join([stage.parent or "", *stage.inputs.values()]))
+                row = [
+                    *(name_lines(name, longest) for name in names),
+                    stage.status,
+                    *([stage.key[:12]] if wide else []),
+                ]
                 table.add_row(*row, *memory_to_make_and_run(stage.predicted), escape(stage.reason))
-            output = console()
             output.print(table)
             output.print(
                 f"target {plan.hardware.name}, {plan.threads} threads; memory to make and to run is estimated",

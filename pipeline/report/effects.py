@@ -109,7 +109,7 @@ def effect_facts(stage: StageReport) -> list[tuple[str, str]]:
     told = {rule: counts for rule, counts in effect.rules.items() if counts[0] or len(effect.rules) <= FEW_RULES}
     facts += [(f"rule {rule}", f"{done:,} of {of:,}") for rule, (done, of) in told.items()]
     if idle := [rule for rule in effect.rules if rule not in told]:
-        facts.append((f"{len(idle):,} rules did nothing", ", ".join(idle)))
+        facts.append((f"rules that did nothing: {len(idle):,}", ", ".join(idle)))
     if contrary := contradiction(stage):
         facts.append(("contradiction", contrary))
     if effect.casts is not None and any(effect.casts):

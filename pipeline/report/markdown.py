@@ -283,8 +283,8 @@ def _stages(report: Report) -> Iterator[str]:
 
 
 def _details(stage: StageReport) -> Iterator[str]:
-    if stage.params:
-        told = ", ".join(f"{code(f'{k}: {json.dumps(v, ensure_ascii=False)}')}" for k, v in stage.params.items())
+    if given := {k: v for k, v in stage.params.items() if v is not None}:
+        told = ", ".join(f"{code(f'{k}: {json.dumps(v, ensure_ascii=False)}')}" for k, v in given.items())
         yield f"\nParameters: {told}"
     if facts := [(term, said) for term, said in effect_facts(stage) if term != "nodes"]:
         yield "\nFound by comparing: " + "; ".join(f"{plain(term)} {plain(said)}" for term, said in facts)
@@ -311,10 +311,10 @@ def _divergence(found: Divergence) -> Iterator[str]:
     yield f"\nLayers against {code(found.reference)} on {found.tokens:,} tokens{matched}:\n"
     rows = []
     for layer in found.layers:
-        at = [word for word, name in (("first", found.first), ("most", found.most)) if name == layer.layer]
         error = "not finite" if layer.relative_error is None else figures.number(layer.relative_error, ".2g")
-        rows.append((plain(layer.layer), error, " and ".join(at)))
-    yield from table(("layer", ">relative error", ""), rows)
+        own = figures.number(layer.added, ".2g") if layer.added is not None else "–"
+        rows.append((plain(layer.layer), error, own, words_of.layer_mark(layer.layer, found)))
+    yield from table(("layer", ">relative error", ">by itself", ""), rows)
 
 
 def _where(report: Report) -> Iterator[str]:

@@ -58,7 +58,9 @@ class LayerBar(NamedTuple):
     width: float
     error: str
     mark: str
-    """`first`, `most`, both, or nothing."""
+    """`first`, `adds most`, both, or nothing."""
+    own: str
+    """The error that the layer has by itself; empty where that is not known."""
 
 
 class LayerChart(NamedTuple):
@@ -141,7 +143,8 @@ def layer_chart(found: Divergence) -> LayerChart:
                 name=layer.layer,
                 width=100.0 if layer.relative_error is None else round(100 * layer.relative_error / largest, 2),
                 error="not finite" if layer.relative_error is None else f"{layer.relative_error:.2g}",
-                mark=" and ".join(w for w, at in (("first", found.first), ("most", found.most)) if at == layer.layer),
+                mark=words.layer_mark(layer.layer, found),
+                own="" if layer.added is None else f"{layer.added:.2g} by itself",
             )
             for layer in found.layers
         ),

@@ -284,7 +284,12 @@ def _changes(report: Report, width: int) -> RenderableType:
     for stage in report.stages:
         names = (name_lines(stage.name, width // 4), name_lines(stage.pass_, width // 4))
         alone = "; made for the ablation alone" if is_extra(stage, report) else ""
-        _add(columns, *names, _styled(stage.status), escape(effect_in_words(stage)) + alone)
+        _add(
+            columns,
+            *names,
+            _styled(stage.status) + (", exported" if stage.name == report.export else ""),
+            escape(effect_in_words(stage)) + alone,
+        )
     return _titled("stages", table(columns, width))
 
 

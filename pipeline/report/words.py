@@ -408,3 +408,8 @@ def _listed(names: Sequence[str], most: int = MOST_NAMES) -> str:
 def _ended(clauses: Sequence[str]) -> str:
     text = "; ".join(clauses).strip()
     return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def layer_mark(name: str, found: Divergence) -> str:
+    """`first` where the error begins, `adds most` where the layer itself adds most."""
+    return " and ".join(word for word, at in (("first", found.first), ("adds most", found.most)) if at == name)

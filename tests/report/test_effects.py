@@ -60,7 +60,7 @@ def test_of_many_rules_those_that_did_something_are_told_and_the_others_counted(
     )
     facts = dict(effect_facts(stage))
     assert facts["rule dead"] == "4 of 257"
-    assert facts["36 rules did nothing"].startswith("rule_0, rule_1, ")
+    assert facts["rules that did nothing: 36"].startswith("rule_0, rule_1, ")
     assert "rule rule_0" not in facts
     busy = with_effect(kind="graph", nodes=(9, 8), rules={f"rule_{i}": (9 - i, 9) for i in range(8)})
     assert change(busy, RICH).endswith("rule_3 6 of 9, rule_4 5 of 9, 3 more rules")

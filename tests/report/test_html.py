@@ -312,9 +312,9 @@ def test_the_changed_region_is_drawn_in_a_fold(rich: Report, page: Page) -> None
 def test_layers_are_drawn_and_the_first_and_most_are_marked(rich: Report) -> None:
     text = Page(render_html(rich)).text
     assert "Relative error by layer against fused, on 512 tokens, 4 of 4 layers matched" in text
-    assert re.search(r"layer 0\s*0\.021\s*first", text)
-    assert re.search(r"layer 2\s*0\.17\s*most", text)
-    assert re.search(r"layer 0\s*not finite\s*first and most", text)
+    assert re.search(r"layer 0\s*0\.021\s*0\.021 by itself, first", text)
+    assert re.search(r"layer 2\s*0\.17\s*0\.17 by itself, adds most", text)
+    assert re.search(r"layer 0\s*not finite\s*first and adds most", text)
 
 
 def test_the_reason_of_a_verdict_stands_beside_it(rich: Report) -> None:
