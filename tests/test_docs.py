@@ -13,7 +13,6 @@ import pytest
 from pipeline.artifact import Artifact, Interface, Manifest
 from pipeline.onnx_model import load_onnx, onnx_component
 from pipeline.plugin import PassContext, Registry
-from pipeline.report.gates import METRICS
 from pipeline.store import Store
 from pipeline.store.writer import OutputWriter
 
@@ -57,8 +56,3 @@ def test_the_example_pass_is_found_and_does_what_it_says(
         context = PassContext(output=OutputWriter(staging))
         after = store.publish(staging, found().run(before, found.Params(), context).manifest)
     assert operators(after) == ["Neg", "Identity"]
-
-
-def test_the_readme_names_every_metric_of_gates() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in METRICS if f"`{name}`" not in readme] == []
