@@ -126,6 +126,13 @@ SCENARIOS = (
     Scenario("same, noise persists (0.95)", MARGIN, looks=(6,), launches=1, persistence=0.95),
     Scenario("same, launches 3.0 %", MARGIN, looks=(6,), launches=1, launch_sd=0.03),
     Scenario("2 times faster, 6 rounds of 1 launch", (1.0,) * 6, looks=(6,), launches=1),
+    Scenario("margin, noise 20 %, 8 rounds of 2", MARGIN, looks=(8,), launches=2, noise_sd=0.2),
+    *(
+        Scenario(f"noise 20 %, 8 of 2, launches {100 * sd:.0f} %", MARGIN, looks=(8,), launches=2, noise_sd=0.2, launch_sd=sd)
+        for sd in (0.1, 0.2)
+    ),
+    Scenario("4 times faster, noise 20 %, 8 of 2", (3.0,) * 6, looks=(8,), launches=2, noise_sd=0.2),
+    Scenario("margin, noise 20 %, 3 rounds of 1", MARGIN, looks=(3,), launches=1, noise_sd=0.2),
 )
 
 
@@ -239,8 +246,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     options = parser.parse_args()
-    chosen = [s for s in SCENARIOS if options.only in s.name]
-    outcomes = [(scenario, simulate(scenario, options.trials, seed)) for seed, scenario in enumerate(chosen)]
+    chosen = [(seed, s) for seed, s in enumerate(SCENARIOS) if options.only in s.name]
+    outcomes = [(scenario, simulate(scenario, options.trials, seed)) for seed, scenario in chosen]
     console = Console(width=130)
     console.print(table(outcomes))
     console.print(f"{options.trials} trials of each scenario")
