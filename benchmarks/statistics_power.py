@@ -128,7 +128,9 @@ SCENARIOS = (
     Scenario("2 times faster, 6 rounds of 1 launch", (1.0,) * 6, looks=(6,), launches=1),
     Scenario("margin, noise 20 %, 8 rounds of 2", MARGIN, looks=(8,), launches=2, noise_sd=0.2),
     *(
-        Scenario(f"noise 20 %, 8 of 2, launches {100 * sd:.0f} %", MARGIN, looks=(8,), launches=2, noise_sd=0.2, launch_sd=sd)
+        Scenario(
+            f"noise 20 %, 8 of 2, launches {100 * sd:.0f} %", MARGIN, looks=(8,), launches=2, noise_sd=0.2, launch_sd=sd
+        )
         for sd in (0.1, 0.2)
     ),
     Scenario("4 times faster, noise 20 %, 8 of 2", (3.0,) * 6, looks=(8,), launches=2, noise_sd=0.2),

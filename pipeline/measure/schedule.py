@@ -9,6 +9,7 @@ block.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -204,8 +205,8 @@ class _Schedule:
             needed_s = (self._seconds(self.declared) + self._spent() - launch_s) / PLANNED_SHARE
             self.record.notes.append(
                 f"the budget of {self.budget_s:g} s is too small for one look: {_look(self.declared)} would take about "
-                f"{needed_s:.0f} s; planned: {_look(self.plan)}"
-                + ("" if self.fits else ", which does not fit either: nothing is claimed")
+                f"{needed_s:.0f} s, for which evaluate.budget_s should be {_rounded_up(needed_s)}; planned: "
+                f"{_look(self.plan)}" + ("" if self.fits else ", which does not fit either: nothing is claimed")
             )
         looks = ", ".join(str(look.rounds) for look in self.plan.looks)
         self._tell(f"planned: a look after {looks} rounds, {_counted(self.plan.looks[-1].launches, 'launch')} at most")
@@ -431,6 +432,11 @@ class _Schedule:
 
 def _names(group: Group) -> set[str]:
     return {seat.stage.name for seat in group}
+
+
+def _rounded_up(seconds: float) -> int:
+    """With a twentieth to spare, for the machine is never the same twice."""
+    return 5 * math.ceil(1.05 * seconds / 5)
 
 
 def _look(plan: LookPlan) -> str:
