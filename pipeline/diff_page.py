@@ -128,7 +128,14 @@ def _facts(diff: Diff) -> Iterator[Fact]:
     yield from _counts("data type", effect.data_types)
     if effect.nodes and effect.nodes[0] != effect.nodes[1]:
         yield Fact("nodes", _pair(effect.nodes))
-    yield from _counts("", effect.operators)
+    if effect.kind == "conversion":  # one of the two has no graph: what the other consists of
+        there = sorted(
+            ((max(pair), name) for name, pair in effect.operators.items()), key=lambda one: (-one[0], one[1])
+        )
+        if there:
+            yield Fact("operators", ", ".join(f"{count:,} {name}" for count, name in there))
+    else:
+        yield from _counts("", effect.operators)
     yield from _counts("module", effect.modules)
     for slow in effect.slow_nodes:
         yield Fact(f"slow in {diff.stages[1]}", f"{slow.count:,} {slow.operator}: {slow.reason}")

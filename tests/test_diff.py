@@ -161,6 +161,10 @@ def test_a_conversion_is_told_as_such(house: House) -> None:
     house.write()
     found = house.diff("source", "first")
     assert headline(found) == "Another format: torch became onnx."
+    counts = [part.split(" ", 1) for part in told(found)["operators"].split(", ")]
+    assert sum(int(count) for count, _ in counts) == found.effect.nodes[1]  # type: ignore[index]
+    assert [int(count) for count, _ in counts] == sorted((int(count) for count, _ in counts), reverse=True)
+    assert "MatMul" not in told(found)
     assert found.groups == ()
     assert told(found)["format"] == "torch -> onnx"
     assert "interface.inputs.tokens" in told(found)
