@@ -33,6 +33,8 @@ def diff_verb(
     if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
         problem = "is a folder; give a file" if html.is_dir() else f"there is no folder {html.absolute().parent}"
         raise RecipeError(f"--html {html}: {problem}")
+    if first == second:
+        raise RecipeError(f"both are the stage {first!r}", hint="name two stages of the run")
     found = diff_stages(run, first, second, store=Store(default_store_path()), runs=runs)
     if html is not None:
         html.write_text(diff_as_html(found), encoding="utf-8")

@@ -8,6 +8,12 @@ import typer
 
 from pipeline.cli.options import CellOption, JsonOption, RecipeArgument, SetOption
 
+MEANINGS = {
+    "code": "the source code of the pass",
+    "environment.engine": "the source code through which pipeline reads and writes artifacts",
+}
+"""What ingredients are whose names and digests alone say little."""
+
 
 def why_verb(
     recipe: RecipeArgument,
@@ -35,7 +41,8 @@ def why_verb(
             if answer.compared_with:
                 typer.echo(f"compared with the run of {answer.compared_with}:")
             for change in answer.changes:
-                typer.echo(f"  {change.what}: {change.before} -> {change.now}")
+                meaning = MEANINGS.get(change.what)
+                typer.echo(f"  {change.what}: {change.before} -> {change.now}" + (f"  ({meaning})" if meaning else ""))
         return 0, answer.model_dump(mode="json")
 
     return for_each_cell(chosen_recipes(recipe, set_, cell), cell, why_one, json=json)

@@ -78,3 +78,9 @@ def test_an_artifact_that_left_the_store_says_to_run_again(cli: Cli, store: Stor
     code, _, err = cli("diff", "r", "source", "mark")
     assert code == 2
     assert "run the recipe r again" in err
+
+
+def test_a_stage_and_itself_are_no_two_stages(cli: Cli) -> None:
+    code, out, err = cli("diff", "r", "mark", "mark")
+    assert (code, out) == (2, "")
+    assert "both are the stage 'mark'" in err
