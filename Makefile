@@ -21,10 +21,10 @@ run: $(INSTALLED)
 	$(BIN)/pipeline run $(RECIPE)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow' -n 2
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
