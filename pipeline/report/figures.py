@@ -153,10 +153,10 @@ def floor_in_table(floor: float | None) -> str:
 
 
 def floor_interval(low: float, high: float) -> str:
-    """The ratio of the baseline to itself, and the floor that it makes: `0.991–1.009, a noise floor of 0.9 %`."""
+    """The ratio of the baseline to itself, and the floor that it makes: `0.991–1.009: noise floor 0.9 %`."""
     if floor_share(low, high) >= USABLE_FLOOR:
         return "so wildly different that there is no usable noise floor"
-    return f"{low:.3f}–{high:.3f}, a noise floor of {percent(floor_share(low, high))}"
+    return f"{low:.3f}–{high:.3f}: noise floor {percent(floor_share(low, high))}"
 
 
 def printable(text: str) -> str:

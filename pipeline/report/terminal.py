@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.padding import Padding
+from rich.table import Table as Grid
 from rich.text import Text
 
 from pipeline.report.columns import Column, name_lines, table
@@ -83,13 +83,13 @@ def render(report: Report, console: Console) -> None:
     parts: tuple[Part, ...] = (
         _head,
         _headline,
+        _changes,
         _speed,
         _quality,
         _roofline,
         _ablation,
         _resources,
         _predictions,
-        _changes,
         _in_words,
         _gates,
     )
@@ -294,14 +294,14 @@ def _changes(report: Report, width: int) -> RenderableType:
 
 
 def _in_words(report: Report, width: int) -> RenderableType:
-    told: list[RenderableType] = [Text("in words", style="bold")]
+    told = Grid.grid(padding=(0, 1))
     for stage in report.stages:
         style = STYLES["broken"] if is_broken(stage) else STYLES.get(stage.status, "default")
         log = f" (log: {stage.log})" if stage.log and stage.status in {"failed", "unmeasured"} else ""
         words = Text(sentence(stage, report) + log)
         words.highlight_words([stage.name], style if style != "default" else "bold")
-        told.append(Padding(words, (0, 0, 0, 2)))
-    return Group(*told)
+        told.add_row("-", words)
+    return Group(Text("in words", style="bold"), told)
 
 
 def _predictions(report: Report, width: int) -> RenderableType | None:

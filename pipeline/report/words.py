@@ -362,7 +362,11 @@ def _smallest(report: Report) -> str:
     whole = [s for s in report.stages if s.artifact is not None and not is_broken(s) and not is_extra(s, report)]
     best = min(whole, key=lambda s: s.artifact.size_bytes if s.artifact else 0, default=base)
     if best.artifact is None or best.artifact.size_bytes > (1 - WORTH_TELLING) * base.artifact.size_bytes:
-        return f"No model is more than {WORTH_TELLING:.0%} smaller than {report.baseline}." if len(whole) > 1 else ""
+        return (
+            f"No model is more than {100 * WORTH_TELLING:.0f} % smaller than {report.baseline}."
+            if len(whole) > 1
+            else ""
+        )
     mine, theirs = megabytes(best.artifact.size_bytes), megabytes(base.artifact.size_bytes)
     return f"Smallest: {best.name}, {mine} instead of {theirs}."
 
