@@ -120,7 +120,7 @@ def _bytes(size: int) -> str:
 
 def _roofline_note(report: Report, found: list[Roofline]) -> str:
     bandwidth = next((r.bandwidth_gb_per_s for r in found if r.bandwidth_gb_per_s is not None), None)
-    host = f" ({bandwidth:,.1f} GB/s)" if bandwidth is not None else ""
+    host = f" ({bandwidth:,.1f} GB/s, the best of its readings)" if bandwidth is not None else ""
     return (
         "Bytes and operations are counted from the artifact. MBU is the share of the host's measured bandwidth"
         f"{host} that decode used, MFU the share of its arithmetic that prefill, or forward, used. "
