@@ -38,7 +38,6 @@ from pipeline.report.verdicts import (
     counts_in_words,
     is_contradicted,
     margin_of,
-    outliers_in_words,
     schedule_in_words,
     undecided_in_words,
 )
@@ -163,11 +162,11 @@ def _speeds_at(point: Speed, report: Report, width: int) -> RenderableType:
             cells += ["\n".join(dict.fromkeys(pair))] if narrow else pair[: 1 if name == told_alone else 2]
         _add(columns, *cells, _verdict(stage, own, report))
     title = f"{point_in_words(point)} ({counts_in_words([p for _, p in here])}; {noise})"
-    flagged = [f"{s.name} {words}" for s, p in here if (words := outliers_in_words(p))]
+    flagged = [f"{s.name} {p.outliers} of {p.rounds}" for s, p in here if p.outliers]
     parts: list[RenderableType] = [_titled(title, table(columns, width))]
     parts += map(Text, undecided_in_words([(stage.name, own) for stage, own in here], report))
     if flagged:
-        parts.append(Text(f"kept, but far from the others: {'; '.join(flagged)}"))
+        parts.append(Text(f"blocks far from the others, which count all the same: {', '.join(flagged)}"))
     return Group(*parts)
 
 

@@ -82,8 +82,8 @@ def test_outliers_contradictions_and_flags_stand_beside_the_verdict() -> None:
     text = " ".join(render_text(rich_report(), 160).split())
     assert "contradiction: it changed nothing" in text
     assert "slower, kernel not engaged" in text
-    assert "kept, but far from the others: " in text
-    assert "2 of 30 blocks far off" in text
+    assert "blocks far from the others, which count all the same: " in text
+    assert "on_a_phone 2 of 30" in text.replace("_ ", "_")
 
 
 def test_the_reason_stands_beside_the_verdict() -> None:
