@@ -38,6 +38,9 @@ from pipeline.report.schema import PredictedMemory
 from pipeline.store import Store
 from pipeline.store.room import too_little_room
 
+DEVICE_MEMORY = "device_peak_memory_bytes"
+"""The gate metric that only a GPU has."""
+
 Status = Literal["cached", "will run", "may hit", "cannot run"]
 
 FACETS = ("seed", "calibration_text", "profile.*", "host.cpu", "host.gpu", "host.cores", "host.instruction_sets")
@@ -142,6 +145,7 @@ def make_plan(
     Raises: RecipeError where a pass or a parameter is unknown, or formats do not fit.
     """
     _check_workload(recipe, source)
+    _check_gates(recipe, profile)
     first = _plan_source(recipe, source, store)
     planned: dict[str, PlannedStage] = {SOURCE: first}
     for stage in recipe.stages if stages is None else stages:
@@ -196,12 +200,23 @@ def _check_workload(recipe: Recipe, source: Source) -> None:
         )
 
 
+def _check_gates(recipe: Recipe, profile: HardwareProfile) -> None:
+    for i, gate in enumerate(recipe.parsed_gates):
+        if gate.metric == DEVICE_MEMORY and profile.device == "cpu":
+            raise RecipeError(
+                f"gate {gate.text!r}: {profile.name} is a CPU, of which there is no {DEVICE_MEMORY}",
+                location=recipe.location("gates", i),
+                hint="peak_memory_bytes is the memory of its processes",
+            )
+
+
 def _settings_notes(recipe: Recipe, source: Source, host: Host) -> Iterator[str]:
     """What a run will not do quite as the recipe says, or what will not serve it."""
-    window, threads = recipe.evaluate.quality.window, recipe.evaluate.threads
-    if source.max_length is not None and window > source.max_length:
+    quality, threads = recipe.evaluate.quality, recipe.evaluate.threads
+    asked_for = "window" in quality.model_fields_set
+    if asked_for and source.max_length is not None and quality.window > source.max_length:
         yield (
-            f"evaluate.quality.window is {window}: quality is scored in windows of {source.max_length}, "
+            f"evaluate.quality.window is {quality.window}: quality is scored in windows of {source.max_length}, "
             "for the model has no more positions"
         )
     if threads is not None and threads > host.physical_cores:

@@ -169,6 +169,21 @@ def test_other_cores_and_instructions_are_notes_and_stop_nothing(checkpoint: Pat
     assert any("lacks instruction sets" in note for note in made.notes)
 
 
+def test_what_a_run_will_not_do_as_the_recipe_says_is_a_note(checkpoint: Path, store: Store) -> None:
+    host = describe_host().model_copy(update={"physical_cores": 2})
+    made = plan(CHAIN, checkpoint, store, "evaluate.threads=64", "evaluate.quality.window=100000", host=host)
+    assert any(note.startswith("evaluate.threads is 64: this host has 2 cores") for note in made.notes)
+    assert any(
+        note.startswith("evaluate.quality.window is 100000: quality is scored in windows") for note in made.notes
+    )
+
+
+def test_a_gate_on_a_gpus_memory_is_refused_for_a_cpu(checkpoint: Path, store: Store) -> None:
+    gates = 'gates: ["mark.device_peak_memory_bytes < 1e9"]\n'
+    with pytest.raises(RecipeError, match=r"r.yaml:13:9: gate .* is a CPU, of which there is no device_peak"):
+        plan(CHAIN + gates, checkpoint, store)
+
+
 def test_a_facet_that_does_not_exist_is_refused(
     checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
