@@ -13,8 +13,8 @@ from pipeline.report.figures import duration, duration_interval
 LOGARITHMIC_FROM = 3.0
 """An axis whose ends differ by this factor or more is logarithmic."""
 
-SERIES = 8
-"""Looks of a line; with more stages they begin again."""
+SERIES = 32
+"""Looks of a line, eight colours with four shapes each; with more stages they begin again."""
 
 
 class TimeMark(NamedTuple):
