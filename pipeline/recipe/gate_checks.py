@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.errors import RecipeError, did_you_mean
+from pipeline.measure.workload import Point, Workload
 from pipeline.recipe.positions import Positions
-from pipeline.recipe.schema import SOURCE, Gate, RecipeModel, Workload, parse_gate
+from pipeline.recipe.schema import SOURCE, Gate, RecipeModel, parse_gate
 from pipeline.report.gates import METRICS, SELECTORS
-
-KINDS = ("decode", "prefill", "forward")
-
-Point = dict[str, int]
 
 
 def checked_gates(
@@ -68,16 +65,15 @@ def _hopeless(gate: Gate, recipe: RecipeModel) -> tuple[str, str]:
             f"{SOURCE} was made from no other stage",
             f"{gate.metric.removesuffix('_over_parent')} compares with the baseline",
         )
-    workload = recipe.evaluate.workload
-    timed = list(points_of(workload))
-    kinds = [kind for kind in KINDS if any(found == kind for found, _ in timed)]
+    timed = list(Workload.of(recipe.evaluate.workload).points())
+    kinds = list(dict.fromkeys(point.kind for point in timed))
     needed = [kind for kind in metric.kinds if kind in kinds]
     if metric.kinds and not needed:
         return (
             f"the workload times {' and '.join(kinds)}, and {gate.metric} is of {' or '.join(metric.kinds)}",
             "evaluate.workload.forward times whole passes; prompt_lengths, new_tokens and batch_sizes the rest",
         )
-    points = [point for kind, point in timed if kind in needed]
+    points = [_selectable(point) for point in timed if point.kind in needed]
     wanted = {key: int(value) for key, value in gate.selector.items()}
     if wanted and not any(all(point.get(key) == value for key, value in wanted.items()) for point in points):
         there = "; ".join(dict.fromkeys(", ".join(f"{k}: {v}" for k, v in point.items()) for point in points))
@@ -87,14 +83,7 @@ def _hopeless(gate: Gate, recipe: RecipeModel) -> tuple[str, str]:
     return "", ""
 
 
-def points_of(workload: Workload) -> Iterator[tuple[str, Point]]:
-    """(kind, what a selector may name) of every workload point."""
-    if workload.forward is not None:
-        for batch, length in workload.forward:
-            yield "forward", {"batch": batch, "prompt": length}
-        return
-    for batch in workload.batch_sizes:
-        for prompt in workload.prompt_lengths:
-            yield "prefill", {"batch": batch, "prompt": prompt}
-            for count in workload.new_token_counts:
-                yield "decode", {"batch": batch, "prompt": prompt, "new_tokens": count}
+def _selectable(point: Point) -> dict[str, int]:
+    """What a selector may say of the point."""
+    found = {"batch": point.batch, "prompt": point.prompt}
+    return {**found, "new_tokens": point.new_tokens} if point.kind == "decode" else found

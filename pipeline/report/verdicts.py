@@ -72,19 +72,19 @@ def undecided_in_words(points: Sequence[tuple[str, Speed]], report: Report) -> l
         points: name and speed of every stage at the point.
     """
     by_reason: dict[str, list[str]] = {}
+    unit = " rounds may decide"  # told once
     for name, point in points:
         ratio = point.vs_baseline
         if ratio is None or ratio.verdict != "inconclusive":
             continue
-        stages = by_reason.setdefault(_obstacle(ratio, point, report), [])
-        if rounds := rounds_in_words(ratio):
-            explained = any("may decide" in words for listed in by_reason.values() for words in listed)
-            rounds = f" ({rounds})" if explained else f" ({rounds} rounds may decide)"
-        stages.append(f"{name}{rounds}")
+        reason, rounds = _obstacle(ratio, point, report), rounds_in_words(ratio)
+        if rounds:
+            by_reason.setdefault(reason, []).append(f"{name} ({rounds}{unit})")
+            unit = ""
+        elif reason:
+            by_reason.setdefault(reason, []).append(name)
     return [
-        f"inconclusive{', ' if reason else ''}{reason}: {', '.join(stages)}"
-        for reason, stages in by_reason.items()
-        if reason or any("(" in words for words in stages)
+        f"inconclusive{', ' if reason else ''}{reason}: {', '.join(stages)}" for reason, stages in by_reason.items()
     ]
 
 

@@ -93,7 +93,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
             "it has batch: 1, prompt: 128, new_tokens: 64",
         ),
         (HEAD + "gates: ['source.prefill_latency_s{new_tokens: 64} < 1']\n", "the workload has no such point"),
-        (HEAD + "gates: [source.forward_latency_s < 1]\n", "times decode and prefill, and forward_latency_s is of"),
+        (HEAD + "gates: [source.forward_latency_s < 1]\n", "times prefill and decode, and forward_latency_s is of"),
         (HEAD + "gates: [source.decode_speedup >= 1.1]\n", "source is the baseline, with which decode_speedup"),
         (HEAD + "gates: [source.kl_divergence <= 1]\n", "source is the baseline, with which kl_divergence"),
         (HEAD + "gates: [source.decode_speedup_over_parent > 1]\n", "source was made from no other stage"),

@@ -158,14 +158,14 @@ def test_every_stage_verdict_and_gate_is_there_in_words(rich: Report, page: Page
 
 
 def test_the_target_is_named_and_no_figure_is_shown_as_its(page: Page) -> None:
-    assert "The target is i7-1165g7; no figure here is one of the target." in page.text
+    assert "The target is i7-1165g7; no measured figure here is one of the target." in page.text
     assert "none is a figure of the target" in page.text
 
 
 def test_a_local_target_is_the_host(rich: Report) -> None:
     local = rich.model_copy(update={"hardware": {**rich.hardware, "name": "local"}})
     text = Page(render_html(local)).text
-    assert "no figure here is one of the target" not in text
+    assert "no measured figure here is one of the target" not in text
     assert "The target is this host." in text
 
 
