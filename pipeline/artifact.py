@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     import numpy as np
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the manifest's schema; part of every stage key."""
 
 ONNX_FILE = "model.onnx"
@@ -82,6 +82,11 @@ class CacheLayout(Frozen):
     kv_heads: int
     head_dim: int
     dtype: str = "float32"
+    in_place: bool = Field(
+        False,
+        description="past and present may be one buffer with room for more positions than are filled, to which a step "
+        "appends; else T is what is filled, and each step gives a new, longer present",
+    )
 
 
 class Interface(Frozen):
