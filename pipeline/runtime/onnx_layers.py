@@ -21,6 +21,7 @@ from pipeline.artifact import ONNX_FILE, Artifact, FileEntry, Interface
 from pipeline.errors import PipelineError
 from pipeline.runtime.layer_outputs import EMBEDDING, HEAD, Place, Stream, Take
 from pipeline.runtime.onnxruntime import OnnxRuntimeRunner
+from pipeline.runtime.phases import phases_of
 from pipeline.runtime.protocol import ExecutionSpec
 
 if TYPE_CHECKING:
@@ -55,12 +56,16 @@ class Joint:
 class OnnxLayers:
     """A session whose graph also gives out what lies between its layers, or takes it in.
 
-    Raises: PipelineError where the graph has no residual stream, or does not load.
+    Raises: PipelineError where the graph has no residual stream, does not load, or is one of two.
     """
 
     def __init__(self, artifact: Artifact, spec: ExecutionSpec, *, fed: bool = False) -> None:
         import onnx
 
+        if phases_of(artifact) is not None:
+            raise PipelineError(
+                "it has a graph for prompts and another for single tokens; look at the stages that they come from"
+            )
         entry = artifact.component.files.get(ONNX_FILE)
         if entry is None:
             raise PipelineError(f"the artifact has no {ONNX_FILE}")
