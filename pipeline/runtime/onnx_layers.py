@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 SUMS = {"Add": 0, "Sum": 0, "Gemm": 0, "SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3}
 """Operators that can join a block to the stream, and which of their outputs is the sum."""
 
-PASSED_THROUGH = frozenset({"Cast", "Identity", "Reshape"})
-"""Between the stream and the sum that takes it."""
+PASSED_THROUGH = frozenset({"Cast", "Identity", "Reshape", "Slice", "Gather"})
+"""Between the stream and the sum that takes it: a graph may go on with its last positions alone."""
 
 SIZES_ONLY = frozenset({"Shape", "Size"})
 """What depends on these alone does not depend on the values."""
