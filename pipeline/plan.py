@@ -19,7 +19,6 @@ from pipeline.errors import HostError, PipelineError, RecipeError, did_you_mean
 from pipeline.hardware import HardwareProfile, Host
 from pipeline.hardware.host import Gpu
 from pipeline.memory_estimate import (
-    KINDS,
     Load,
     ModelSize,
     Prediction,
@@ -455,14 +454,12 @@ def _predictions(
         else:
             found = registry.load(stage.pass_name)
             before = sizes[stage.parent]
-            further = {role: sizes[other] for role, other in stage.inputs.items() if other in sizes}
             try:
-                params = found.Params.model_validate_json(json.dumps(stage.params))
-                prediction = found.predict_from(params, before, further)
+                prediction = found.predict(found.Params.model_validate_json(json.dumps(stage.params)), before)
             except Exception as error:  # a stranger's pass may raise anything, and an estimate must not stop a plan
                 doubts.append(f"{name}: the pass cannot foresee its memory: {type(error).__name__}: {error}")
                 prediction = Prediction(model=before.model_copy(update={"format": stage.produces}))
-            writes[name] = _written_bytes([before, *further.values()], prediction)
+            writes[name] = _written_bytes(before, prediction)
             if prediction.conversion_bytes is None:
                 prediction = prediction.model_copy(update={"conversion_bytes": unknown_conversion_bytes(before)})
             artifact = store.artifact(stage.artifact) if stage.artifact else None
@@ -474,20 +471,14 @@ def _predictions(
     return sizes, predicted, writes, doubts
 
 
-def _written_bytes(before: Sequence[ModelSize], prediction: Prediction) -> int:
-    """Bytes of the weights that a pass writes: those that none of the models that it reads has, its parent's first.
-
-    One that foresees nothing may write its parent's all anew.
-    """
+def _written_bytes(before: ModelSize, prediction: Prediction) -> int:
+    """Bytes of the weights that a pass writes: those that change. One that foresees nothing may write them all anew."""
     after = prediction.model
-    if prediction.conversion_bytes is None and not after.phases:
-        return before[0].weights_bytes
-    if after.prepacked and not before[0].prepacked:
+    if prediction.conversion_bytes is None:
+        return before.weights_bytes
+    if after.prepacked and not before.prepacked:
         return after.weights_bytes
-    there = {(kind, graph.weights(kind)) for model in before for graph in model.phases or (model,) for kind in KINDS}
-    graphs = after.phases or (after,)
-    made = {(kind, graph.weights(kind)) for graph in graphs for kind in graph.stored_kinds} - there
-    return sum(weights.size_bytes for _, weights in made)
+    return sum(after.weights(k).size_bytes for k in after.stored_kinds if after.weights(k) != before.weights(k))
 
 
 def _source_size(stage: PlannedStage, source: Source, store: Store) -> ModelSize:

@@ -99,14 +99,6 @@ class Pass(ABC):
         return Prediction(model=model.model_copy(update={"format": cls.formats(params)[1]}))
 
     @classmethod
-    def predict_from(cls, params: Any, model: ModelSize, inputs: Mapping[str, ModelSize]) -> Prediction:
-        """`predict` for a pass that reads further stages: `inputs` are the sizes of their models, by role.
-
-        Default: `predict`, which knows nothing of them.
-        """
-        return cls.predict(params, model)
-
-    @classmethod
     def summary(cls) -> str:
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
