@@ -12,7 +12,7 @@ from pipeline.measure import torch_effect
 from pipeline.measure.changed_weights import weights_changed
 from pipeline.measure.fingerprint import Place, graph_fingerprint
 from pipeline.measure.graph_changes import GraphChanges, changes_of, operator_of, region
-from pipeline.measure.graph_weights import data_types, newly_quantized, nodes_in, parameters
+from pipeline.measure.graph_weights import data_types, newly_quantized, nodes_in, parameters, restored
 from pipeline.measure.slow_kernels import slow_nodes
 from pipeline.measure.visible import visible
 from pipeline.measure.weight_contents import Contents, contents_of
@@ -124,8 +124,8 @@ def _kind(before: ir.Model, after: ir.Model, changes: GraphChanges | None, conte
     """What differs between two graphs; `changes` are those of their structure, None where that is the same."""
     if changes is None:
         return "none" if _fingerprint(before, contents.of) == _fingerprint(after, contents.of) else "weights"
-    quantized = newly_quantized([(before, after)])
-    return "weights" if quantized is not None or weights_changed(before, after, changes.match, contents) else "graph"
+    quantized = newly_quantized([(before, after)]) is not None or restored(before, after)
+    return "weights" if quantized or weights_changed(before, after, changes.match, contents) else "graph"
 
 
 def counterparts(before: Mapping[str, ir.Model], after: Mapping[str, ir.Model]) -> dict[str, tuple[ir.Model, ir.Model]]:

@@ -40,8 +40,19 @@ def newly_quantized(pairs: Iterable[tuple[ir.Model, ir.Model]]) -> tuple[int, in
     if done == 0:
         return None
     anew = any((old - new).total() > 0 for old, new in counts)
-    could = sum(sum(1 for node in nodes_in(before) if _has_constant_weight(node)) for before, _ in sides)
+    could = sum(_plain_products(before) for before, _ in sides)
     return done, could + (sum(old.total() for old, _ in counts) if anew else 0)
+
+
+def restored(before: ir.Model, after: ir.Model) -> bool:
+    """Whether quantized products of `before` are products by plain weights in `after`."""
+    fewer = (_quantized(before) - _quantized(after)).total() > 0
+    return fewer and _plain_products(after) > _plain_products(before)
+
+
+def _plain_products(model: ir.Model) -> int:
+    """Products by constant weights that are not quantized."""
+    return sum(1 for node in nodes_in(model) if _has_constant_weight(node))
 
 
 def _quantized(model: ir.Model) -> Counter[tuple[object, ...]]:

@@ -210,7 +210,7 @@ def find_joints(graph: Any, interface: Interface) -> list[Joint]:
         before = {home[value] for value in given if value in home}
         if before:
             dominator[place] = _common_dominator(before, dominator)
-        for value in node.output:
+        for value in filter(None, node.output):  # one that is left out has no name
             if levels:
                 level[value] = max(levels)
             if before:
