@@ -74,7 +74,7 @@ def headline(diff: Diff) -> str:
         return "The same graph with the same weights; one keeps weights that no node reads, or some twice."
     if effect.kind == "conversion":
         return f"Another format: {diff.formats[0]} became {diff.formats[1]}."
-    if any(part.is_new for part in effect.components) or any(part.is_gone for part in effect.components):
+    if _has_other_components(diff):
         return _other_components(diff)
     if effect.kind == "weights" and effect.weights_quantized:
         done, of = effect.weights_quantized
@@ -88,18 +88,23 @@ def headline(diff: Diff) -> str:
     return words[effect.kind]
 
 
+def _has_other_components(diff: Diff) -> bool:
+    return any(part.is_new or part.is_gone for part in diff.effect.components)
+
+
 def _other_components(diff: Diff) -> str:
-    """Which components came or went, and which of them are what the other stage has."""
+    """Which components came or went, and which of them are what the other stage is."""
     first, second = diff.stages
     parts = diff.effect.components
     came, went = [part.name for part in parts if part.is_new], [part.name for part in parts if part.is_gone]
-    same = [part.name for part in parts if part.kind == "none"]
-    owner = second if came else first
-    told = [f"{second} has the components {_and(came)}" if came else "", f"{first} has {_and(went)}" if went else ""]
-    words = f"Other components: {', '.join(filter(None, told))}."
+    owner, other, names = (second, first, came) if came else (first, second, went)
+    same = [part.name for part in parts if part.kind == "none" and part.name in names]
+    told = [f"{owner} has the components {_and(names)}"]
+    if came and went:
+        told.append(f"{other} has {_and(went)}")
     if same:
-        words += f" {_and(same)} of {owner} {'is' if len(same) == 1 else 'are'} what {first if came else second} is."
-    return words
+        told.append(f"{_and(same)} {'is' if len(same) == 1 else 'are'} what {other} is")
+    return f"Other components: {'; '.join(told)}."
 
 
 def _and(names: Sequence[str]) -> str:
@@ -159,6 +164,10 @@ def _facts(diff: Diff) -> Iterator[Fact]:
         )
         if there:
             yield Fact("operators", ", ".join(f"{count:,} {name}" for count, name in there))
+    elif _has_other_components(diff):  # most of them double
+        if effect.operators:
+            told = (f"{old:,} -> {new:,} {name}" for name, (old, new) in effect.operators.items())
+            yield Fact("operators", ", ".join(told))
     else:
         yield from _counts("", effect.operators)
     yield from _counts("module", effect.modules)
