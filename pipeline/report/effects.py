@@ -28,7 +28,7 @@ def change(stage: StageReport, report: Report) -> str:
     nodes = _nodes(effect)
     aside = f" ({nodes})" if nodes else ""
     if is_put_together(effect):
-        words = f"was put together of {components_in_words(effect)}{aside}"
+        words = f"consists of {' and '.join(components_in_words(effect).rsplit(', ', 1))}{aside}"
     elif effect.kind == "conversion":
         words = f"converted the model to {stage.artifact.format if stage.artifact else 'another format'}{aside}"
     elif effect.kind == "execution":
