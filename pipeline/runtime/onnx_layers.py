@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 SUMS = {"Add": 0, "Sum": 0, "Gemm": 0, "SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3}
 """Operators that can join a block to the stream, and which of their outputs is the sum."""
 
-PASSED_THROUGH = frozenset({"Cast", "Identity", "Reshape"})
-"""Between the stream and the sum that takes it."""
+PASSED_THROUGH = frozenset({"Cast", "Identity", "Reshape", "Slice", "Gather"})
+"""Between the stream and the sum that takes it: a graph may go on with its last positions alone."""
 
 SIZES_ONLY = frozenset({"Shape", "Size"})
 """What depends on these alone does not depend on the values."""
@@ -215,7 +215,7 @@ def find_joints(graph: Any, interface: Interface) -> list[Joint]:
         before = {home[value] for value in given if value in home}
         if before:
             dominator[place] = _common_dominator(before, dominator)
-        for value in node.output:
+        for value in filter(None, node.output):  # one that is left out has no name
             if levels:
                 level[value] = max(levels)
             if before:
