@@ -33,6 +33,13 @@ def keep_first_layers(model: ir.Model, interface: Interface, layers: int) -> Int
         graph.outputs.remove(value)
     RemoveUnusedNodesPass()(model)
     pasts = {role.replace("present", "past") for role in outputs}
+    by_name = {str(value.name): value for value in graph.inputs}
+    for (
+        role,
+        name,
+    ) in interface.inputs.items():  # of other layers only the shapes are left, which are those of the first
+        if role.startswith("past.") and role not in pasts and name in by_name:
+            by_name[name].replace_all_uses_with(by_name[interface.inputs["past.k[0]"]])
     inputs = {role: name for role, name in interface.inputs.items() if role in pasts or not role.startswith("past.")}
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
