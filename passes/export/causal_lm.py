@@ -7,6 +7,7 @@ at a time.
 
 from __future__ import annotations
 
+import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+OPERATOR = re.compile(
+    r"target=torch\.ops\.(?P<target>[\w.]+)|OpOverload\(op='(?P<op>[\w.]+)', overload='(?P<overload>\w+)'\)"
+)
+"""How torch's exporter writes the operator that it could not translate."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,17 @@ def first_cause(error: BaseException) -> str:
         error = error.__cause__
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def refused_operator(error: BaseException) -> str | None:
+    """The operator of torch that an exporter's error speaks of, such as aten.sort.stable; None where it names none."""
+    found = None
+    cause: BaseException | None = error
+    while cause is not None:
+        if match := OPERATOR.search(str(cause)):
+            found = match["target"] or ".".join(filter(None, (match["op"], match["overload"])))
+        cause = cause.__cause__
+    return found
 
 
 def _compute_in_float32(module: torch.nn.Module) -> None:

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from passes.export.causal_lm import CausalLM, causal_lm_config, first_cause, take_tokens_alone, traced_causal_lm
+from passes.export.causal_lm import (
+    CausalLM,
+    causal_lm_config,
+    first_cause,
+    refused_operator,
+    take_tokens_alone,
+    traced_causal_lm,
+)
 from passes.export.quick_matching import first_node_first
 from passes.export.torchscript import LATEST_OPSET, trace_with_torchscript
 from passes.export.verify import FIRST_LAYERS, WIDENED_BYTES, verify_against_torch
@@ -192,8 +199,12 @@ def trace(artifact: Artifact, opset: int, *, cache: bool = True) -> tuple[ir.Mod
                     dynamic_shapes=dimensions,
                 )
             except Exception as error:  # the exporter raises whatever the model's code or its own does
+                operator = refused_operator(error)
+                where = f"the operator {operator}: " if operator else ""
                 raise PipelineError(
-                    f"torch's ONNX exporter does not support this {config.model_type!r} model: {first_cause(error)}"
+                    f"torch's ONNX exporter does not support this {config.model_type!r} model: "
+                    f"{where}{first_cause(error)}",
+                    hint="a newer torch may support it" if operator else None,
                 ) from error
     graph: ir.Model = program.model
     _release_fakes(graph, model.sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,39 @@ def test_a_damaged_artifact_is_made_again(checkpoint: Path, store: Store) -> Non
     blob.unlink()
     assert statuses(run("[{pass: write}]", checkpoint, store))["write"] == "ran"
     assert blob.read_bytes() == b"x"
+
+
+def edited(weights: Path) -> None:
+    """Change a value of a checkpoint, and not its size."""
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+
+def test_of_a_checkpoint_that_changed_nothing_is_taken_from_the_store(
+    checkpoint: Path, store: Store, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "own")
+    before = run("[{pass: mark}]", folder, store)
+    edited(folder / "model.safetensors")
+    assert store.artifact(str(before["mark"].artifact)) is None
+    after = run("[{pass: mark}]", folder, store)
+    assert statuses(after) == {"source": "ran", "mark": "ran"}
+    assert after["mark"].artifact != before["mark"].artifact
+
+
+def test_a_checkpoint_that_changes_during_a_run_fails_what_would_read_it(
+    checkpoint: Path, store: Store, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "own")
+
+    def change(stage: str) -> None:
+        if stage == "mark":
+            edited(folder / "model.safetensors")
+
+    results = run("[{pass: mark}]", folder, store, on_start=change)
+    assert results["mark"].status == "failed"
+    assert "a file of it changed, while the plan ran" in str(results["mark"].reason)
 
 
 def start(passes: str, checkpoint: Path, store: Store) -> subprocess.Popen[bytes]:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import pytest
 from pydantic import ValidationError
 
-from passes.export.causal_lm import causal_lm_config, reference_causal_lm
+from passes.export.causal_lm import causal_lm_config, reference_causal_lm, refused_operator
 from passes.export.export_onnx import KEPT_METADATA, ExportOnnx
 from passes.export.verify import _calls, verify_against_torch
 from pipeline import Artifact, Interface, PassContext, PipelineError, load_onnx
@@ -274,7 +274,9 @@ class TestOtherModels:
             hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, bos_token_id=1, eos_token_id=2
         )
         with pytest.raises(
-            PipelineError, match=r"exporter does not support this 'falcon' model: \w+Error: \S+"
+            PipelineError,
+            match=r"does not support this 'falcon' model: the operator aten\.scaled_dot_product_attention\.default: "
+            r"\w+Error: \S+",
         ) as caught:
             self.export(bench, config, verify=False)
         assert "\n" not in caught.value.message
@@ -479,6 +481,25 @@ class TestVerification:
         with torch.no_grad():
             model(torch.from_numpy(TOKENS))
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("text", "operator"),
+    [
+        ("No ONNX function found for <OpOverload(op='aten.sort', overload='stable')>.", "aten.sort.stable"),
+        (
+            "%x : [num_users=1] = call_function[target=torch.ops.aten.fft_rfft.default](args = (%y,))",
+            "aten.fft_rfft.default",
+        ),
+        ("hidden_size is not a number", None),
+    ],
+)
+def test_the_operator_that_an_exporter_refuses_is_found_behind_its_error(text, operator):
+    inner = ValueError(text)
+    inner.__cause__ = KeyError("x")
+    outer = RuntimeError("this is step 3 of 3")
+    outer.__cause__ = inner
+    assert refused_operator(outer) == operator
 
 
 class TestRefusals:
