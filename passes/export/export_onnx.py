@@ -18,7 +18,7 @@ from pydantic import model_validator
 from passes.export.causal_lm import CausalLM, causal_lm_config, first_cause, take_tokens_alone, traced_causal_lm
 from passes.export.quick_matching import first_node_first
 from passes.export.torchscript import LATEST_OPSET, trace_with_torchscript
-from passes.export.verify import verify_against_torch
+from passes.export.verify import FIRST_LAYERS, WIDENED_BYTES, verify_against_torch
 from pipeline import (
     Artifact,
     CacheLayout,
@@ -133,7 +133,7 @@ class ExportOnnx(Pass):
         """Weights stay as they are stored, products are in float32, and no graph limits its logits.
 
         Comparing with torch widens half-precision weights to float32, of which the head and a matrix of each layer's
-        MLP were seen to be in memory at once.
+        MLP were seen to be in memory at once. Of large models the first layers are compared, without the head.
         """
         after = model.model_copy(
             update={"format": "onnx", "dtype": "float32", "logits_to_keep": False, "has_cache": params.cache}
@@ -143,7 +143,9 @@ class ExportOnnx(Pass):
         if params.exporter == "torchscript":
             memory += TORCHSCRIPT_BYTES
         if params.verify and decoder and model.linear.dtype in ("float16", "bfloat16"):
-            memory += 4 * (model.head.parameters + decoder.layers * decoder.hidden * decoder.intermediate)
+            whole = 4 * (model.linear.parameters + model.head.parameters) <= WIDENED_BYTES or not params.cache
+            layers, head = (decoder.layers, model.head.parameters) if whole else (FIRST_LAYERS, 0)
+            memory += 4 * (head + layers * decoder.hidden * decoder.intermediate)
         return Prediction(model=after, conversion_bytes=memory)
 
 

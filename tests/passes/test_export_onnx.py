@@ -446,6 +446,28 @@ class TestVerification:
         with pytest.raises(PipelineError, match="1e-12 is allowed"):
             self.check(load_onnx(exported_llama), llama, exported_llama.interface, tolerance=1e-12)
 
+    @pytest.mark.parametrize("kind", ["LlamaConfig", "MistralConfig", "Qwen2Config"])
+    def test_of_what_would_be_large_in_float32_compares_the_first_layers_and_says_so(
+        self, bench, monkeypatch, caplog, kind
+    ):
+        import transformers
+
+        config = getattr(transformers, kind)(**SIZES | {"num_hidden_layers": 5}, tie_word_embeddings=False)
+        source = bench.source(bench.checkpoint(config, "bfloat16"))
+        made = bench.run(ExportOnnx, source, verify=False)
+        monkeypatch.setattr("passes.export.verify.WIDENED_BYTES", 1000)
+        before = load_onnx(made)
+        with caplog.at_level("INFO"):
+            errors = self.check(before, source, made.interface)
+        assert all(0 < error < 1e-4 for error in errors.values())
+        assert "the first 3 of 5 layers; not the later ones, nor the head" in caplog.text
+        assert [value.name for value in before.graph.outputs] == list(made.interface.outputs.values())
+        wrong = load_onnx(made)
+        norm = next(node for node in wrong.graph if node.op_type == "RMSNormalization")
+        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 10.0)
+        with pytest.raises(PipelineError, match=r"differs from torch with batch 2, 7 tokens, past 0: present\.0\.key"):
+            self.check(wrong, source, made.interface)
+
     @pytest.mark.parametrize(("max_length", "calls"), [(None, [7, 3, 1]), (64, [7, 3, 1]), (8, [6, 1, 1]), (2, [1, 1])])
     def test_stays_within_the_longest_sequence(self, max_length, calls):
         assert list(_calls(max_length)) == calls
