@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from passes.export.causal_lm import causal_lm_config, reference_causal_lm, refused_operator
 from passes.export.export_onnx import KEPT_METADATA, ExportOnnx
 from passes.export.verify import _calls, verify_against_torch
-from pipeline import Artifact, Interface, PassContext, PipelineError, load_onnx
+from pipeline import Artifact, CacheLayout, Interface, PassContext, PipelineError, load_onnx
 from pipeline.artifact import ONNX_FILE
 from pipeline.store.writer import OutputWriter
 
@@ -157,7 +157,7 @@ class TestTheArtifact:
     def test_describes_the_cache_and_the_model(self, exported_llama):
         interface = exported_llama.interface
         assert interface.cache is not None
-        assert interface.cache.model_dump() == {"layers": 2, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
+        assert interface.cache == CacheLayout(layers=2, kv_heads=2, head_dim=16, dtype="float32", in_place=False)
         assert (interface.task, interface.vocab_size, interface.max_length) == ("causal-lm", 300, 64)
 
     def test_carries_the_companions_and_no_execution(self, exported_llama, llama):
