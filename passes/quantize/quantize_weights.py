@@ -81,7 +81,9 @@ class QuantizeWeights(Pass):
         )
         bits: Literal[4, 8] = Field(4, description="bits of a weight; hqq takes 4")
         block_size: Literal[16, 32, 64, 128, 256] = Field(
-            32, description="weights along the input dimension that share a scale; larger is faster and less exact"
+            32,
+            description="weights along the input dimension that share a scale; larger is faster and less exact. Where "
+            "it does not divide the dimension, the last block is filled up with zeros",
         )
         symmetric: bool | None = Field(
             None,
