@@ -21,7 +21,7 @@ run: $(INSTALLED)
 	$(BIN)/pipeline run $(RECIPE)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=25
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
