@@ -73,6 +73,11 @@ class FuseTransformer(Pass):
                 "the graph has no key-value cache, which the fused attention is made around",
                 hint="export it with `cache: true`, or leave the pass out",
             )
+        if artifact.interface.max_length is None:
+            raise PipelineError(
+                "it is not known how many positions the model has, for which its rotary tables are made",
+                hint="config.json says it as max_position_embeddings",
+            )
         model = load_onnx(artifact)
         context.progress(0.1, "fusing")
         interface, outcomes = fuse(model, artifact.interface, context, keep_logits=params.logits_to_keep)
@@ -131,7 +136,7 @@ def fuse(
     from passes.graph.norm_rules import Gains, fold_gain, simplified_normalization, skip_normalization
     from passes.quantize.products import register, remove_unused
 
-    assert interface.cache is not None
+    assert interface.cache is not None and interface.max_length is not None
     graph = model.graph
     by_name = {str(value.name): value for value in graph.inputs}
     missing = [role for role in ("tokens", "mask") if interface.inputs.get(role) not in by_name]
@@ -148,7 +153,7 @@ def fuse(
             positions=by_name.get(interface.inputs.get("positions", "")),
             pasts=tuple(by_name[name] for role, name in interface.inputs.items() if role.startswith("past.")),
         ),
-        max_length=interface.max_length or 0,
+        max_length=interface.max_length,
         opsets=dict(model.opset_imports),
         add_table=add,
     )

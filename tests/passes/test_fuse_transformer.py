@@ -167,6 +167,12 @@ class TestWhatCannotBeFused:
         with pytest.raises(PipelineError, match="no key-value cache"):
             bench.run(FuseTransformer, exported)
 
+    def test_is_a_graph_of_an_unknown_number_of_positions(self, bench, exported_llama):
+        interface = exported_llama.interface.model_copy(update={"max_length": None})
+        manifest = exported_llama.manifest.model_copy(update={"interface": interface})
+        with pytest.raises(PipelineError, match="how many positions"):
+            bench.run(FuseTransformer, Artifact(manifest, exported_llama.blobs))
+
     @pytest.mark.slow
     def test_is_an_older_operator_set(self, bench, llama):
         exported = bench.run(ExportOnnx, llama, opset=18, verify=False)
