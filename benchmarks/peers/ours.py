@@ -1,0 +1,35 @@
+"""This project: the stages of recipes/llama-1b-cpu.yaml, and what a run exports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.runtime import CausalLMRunner
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "llama-1b-cpu.yaml"
+RUNS = "runs"
+
+
+def convert(checkpoint: Path, folder: Path, *, stage: str) -> None:
+    """Run the recipe over the checkpoint up to `stage`, in a store of its own, and export that.
+
+    Raises: SystemExit where the run fails.
+    """
+    command = [sys.executable, "-m", "pipeline", "run", str(RECIPE), "--no-measure", "--runs", str(folder / RUNS)]
+    command += ["--only", stage, "--set", f"model.path={checkpoint}", "--set", f"export={stage}"]
+    done = subprocess.run(command, check=False, env={**os.environ, "PIPELINE_STORE": str(folder / "store")})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def load(folder: Path, checkpoint: Path, threads: int) -> CausalLMRunner:
+    """The model that the run exported."""
+    from pipeline.runtime import load_model
+
+    return load_model(folder / RUNS / RECIPE.stem / "latest" / "model", threads=threads)

@@ -1,0 +1,195 @@
+"""The page: tables of what was measured, and what became of the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.peers.targets import Verdict
+from pipeline.measure.statistics import Interval
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one candidate."""
+
+    name: str
+    is_ours: bool
+    prefill: Interval | None = None
+    decode: Interval | None = None
+    prefill_ratio: Interval | None = None
+    """Our best artifact's speed over this one's."""
+    decode_ratio: Interval | None = None
+    first_divergence: float | None = None
+    following_divergence: float | None = None
+    agreement: float | None = None
+    memory_bytes: int | None = None
+    load_s: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class ConversionRow:
+    """What one conversion took."""
+
+    name: str
+    is_ours: bool
+    wall_s: float
+    peak_memory_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One candidate's quality on a trained model."""
+
+    name: str
+    first_divergence: float | None = None
+    following_divergence: float | None = None
+    agreement: float | None = None
+    perplexity: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the page says."""
+
+    best: str
+    model: str
+    date: str
+    host: str
+    how: Sequence[str]
+    rows: Sequence[Row]
+    noise: Mapping[str, Interval]
+    bandwidth: Interval
+    conversions: Sequence[ConversionRow]
+    trained: Sequence[QualityRow]
+    verdicts: Sequence[Verdict]
+    remarks: Sequence[str] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+    """What the operators' times say of a target that is missed; Markdown."""
+
+
+def render(page: Page) -> str:
+    """The page as Markdown."""
+    parts = [
+        "# Beside other tools",
+        "",
+        f"{page.model} Measured on {page.date} on {page.host} by `python benchmarks/peers.py`, which writes this page.",
+        "",
+        *[line for paragraph in page.how for line in (paragraph, "")],
+        "## Targets",
+        "",
+        *table(
+            ("target", "met", "measured"),
+            [(v.target, "yes" if v.met else "**no**", v.why) for v in page.verdicts],
+            numbers=0,
+        ),
+        *[line for remark in page.remarks for line in ("", remark)],
+        *(["", page.reason] if page.reason else []),
+        "",
+        "## Speed and divergence",
+        "",
+        f"Tokens per second with 95 % intervals; `{page.best} ×` is how many times as fast {page.best} is.",
+        "",
+        *table(
+            ("", "prefill", f"{page.best} ×", "decode", f"{page.best} ×", "KL first token", "KL following", "top-1"),
+            [_speed_row(row, page.best) for row in page.rows],
+        ),
+        "",
+        *[
+            f"{kind}: {page.best} against itself {interval.low:.3f}–{interval.high:.3f}."
+            for kind, interval in page.noise.items()
+        ],
+        f"Read bandwidth before each round: median {page.bandwidth.median:.0f} GB/s, from {page.bandwidth.low:.0f} to "
+        f"{page.bandwidth.high:.0f}.",
+        "",
+        "| | memory while running | load |",
+        "| --- | ---: | ---: |",
+        *[
+            f"| {row.name} | {_gigabytes(row.memory_bytes)} | {_or_dash(row.load_s, '{:.1f} s')} |"
+            for row in page.rows
+            if row.failure is None
+        ],
+        "",
+        "## Conversion",
+        "",
+        "From the checkpoint in float32 to what the tool runs, in a process of its own, its start and its imports included.",
+        "Memory is anonymous and shared memory of the process and its descendants at its highest.",
+        "",
+        *table(
+            ("", "seconds", "peak memory", "written"),
+            [
+                (r.name, f"{r.wall_s:.1f}", _gigabytes(r.peak_memory_bytes), _gigabytes(r.size_bytes))
+                for r in page.conversions
+            ],
+        ),
+        "",
+        "## The same on a trained model",
+        "",
+        "`llama2-tiny`, 5.9 million parameters trained on English text, on its held-out text.",
+        "",
+        *table(
+            ("", "KL first token", "KL following", "top-1", "perplexity"),
+            [_quality_row(row) for row in page.trained],
+        ),
+        "",
+    ]
+    if page.missing:
+        parts += ["## Left out", "", *[f"- {name}: {why}" for name, why in page.missing.items()], ""]
+    parts += ["## Versions", "", ", ".join(f"{name} {version}" for name, version in page.versions.items()) + ".", ""]
+    return "\n".join(parts)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int | None = None) -> list[str]:
+    """A Markdown table; all columns but the first are numbers, or the last `numbers`."""
+    count = len(header) - 1 if numbers is None else numbers
+    align = ["---"] * (len(header) - count) + ["---:"] * count
+    return [f"| {' | '.join(cells)} |" for cells in (header, align, *rows)]
+
+
+def _speed_row(row: Row, best: str) -> tuple[str, ...]:
+    name = f"**{row.name}**" if row.is_ours else row.name
+    if row.failure is not None:
+        return (name, *["failed"] * 7)
+    return (
+        name,
+        _interval(row.prefill, "{:.0f}"),
+        DASH if row.name == best else _interval(row.prefill_ratio, "{:.2f}"),
+        _interval(row.decode, "{:.1f}"),
+        DASH if row.name == best else _interval(row.decode_ratio, "{:.2f}"),
+        _or_dash(row.first_divergence, "{:.2g}"),
+        _or_dash(row.following_divergence, "{:.2g}"),
+        _or_dash(row.agreement, "{:.1%}"),
+    )
+
+
+def _quality_row(row: QualityRow) -> tuple[str, ...]:
+    if row.failure is not None:
+        return (row.name, *["failed"] * 4)
+    return (
+        row.name,
+        _or_dash(row.first_divergence, "{:.2g}"),
+        _or_dash(row.following_divergence, "{:.2g}"),
+        _or_dash(row.agreement, "{:.1%}"),
+        _or_dash(row.perplexity, "{:.3f}"),
+    )
+
+
+def _interval(interval: Interval | None, pattern: str) -> str:
+    if interval is None:
+        return DASH
+    return f"{pattern.format(interval.median)} ({pattern.format(interval.low)}–{pattern.format(interval.high)})"
+
+
+def _or_dash(value: float | None, pattern: str) -> str:
+    return DASH if value is None else pattern.format(value)
+
+
+def _gigabytes(size_bytes: int | None) -> str:
+    return DASH if size_bytes is None else f"{size_bytes / 1e9:.2f} GB"
