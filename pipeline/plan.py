@@ -62,6 +62,7 @@ class PlannedStage(Frozen):
     produces: str
     deterministic: bool = True
     timeout_s: float | None = Field(None, description="seconds after which the pass is ended")
+    measure: bool = Field(True, description="false: its model is made and never run")
     writes_bytes: int = Field(0, description="of weights that the stage is expected to write, by estimate")
     status: Status
     reason: str = ""
@@ -358,6 +359,7 @@ def _plan_stage(
         produces=produces,
         deterministic=found.deterministic,
         timeout_s=stage.timeout_s,
+        measure=stage.measure,
         status=status,
         reason=reason,
         artifact=artifact,
@@ -492,7 +494,7 @@ def _source_size(stage: PlannedStage, source: Source, store: Store) -> ModelSize
 def _memory_obstacles(
     stages: Sequence[PlannedStage], recipe: Recipe, profile: HardwareProfile, host: Host
 ) -> list[str]:
-    """Every stage is made, if it is not there, and loaded to be measured: both have to fit into the free memory.
+    """Every stage is made, if it is not there, and most are loaded to be measured: both have to fit into free memory.
 
     On a GPU it is the GPU's memory that running has to fit into.
     """
@@ -506,7 +508,9 @@ def _memory_obstacles(
         needs = []
         if stage.status != "cached" and memory.conversion_bytes is not None:
             needs.append(("making it", memory.conversion_bytes, host.available_memory_bytes, "this host has"))
-        if profile.device == "cpu":
+        if not stage.measure:
+            pass
+        elif profile.device == "cpu":
             needs.append((running, _bytes_to_run(memory), host.available_memory_bytes, "this host has"))
         elif gpu is not None:
             needs.append((running, _bytes_to_run(memory), gpu, f"{host.gpus[0].name} has"))
@@ -536,7 +540,7 @@ def _does_not_fit(stages: Sequence[PlannedStage], profile: HardwareProfile) -> l
         f"{stage.name} does not fit {profile.name}: running it takes about {_readable(_bytes_to_run(stage.predicted))}"
         f", by estimate, and {profile.name} has {_readable(profile.memory_bytes)}"
         for stage in stages
-        if stage.predicted is not None and stage.predicted.fits is False and profile.memory_bytes is not None
+        if stage.measure and stage.predicted is not None and stage.predicted.fits is False and profile.memory_bytes
     ]
 
 
@@ -553,9 +557,17 @@ def _readable(size: int) -> str:
 def _model_notes(source: Source) -> list[str]:
     """What a reader should know of the model before believing its figures."""
     if source.architecture is not None:
-        return [
+        random = (
             "the weights are random: speed, size and memory are the architecture's; perplexity means nothing, "
             "agreement with the baseline on seeded tokens does"
+        )
+        if (outliers := source.architecture.get("outlier_channels")) is None:
+            return [random]
+        low, high = outliers["scale"]
+        return [
+            random,
+            f"{outliers['share']:.2%} of each norm's channels are scaled by {low:g} to {high:g}, for activations with "
+            "outliers such as trained models have",
         ]
     if not source.has_tokenizer:
         return ["the model has no tokenizer.json: its quality on text cannot be measured, its speed can"]

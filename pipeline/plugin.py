@@ -27,7 +27,7 @@ from pipeline.memory_estimate import ModelSize, Prediction
 from pipeline.store.writer import OutputWriter
 
 PASSES = "pipeline.passes"
-RESERVED = frozenset({"pass", "name", "after", "inputs", "allow_broken", "timeout_s", "group"})
+RESERVED = frozenset({"pass", "name", "after", "inputs", "allow_broken", "measure", "timeout_s", "group"})
 """Keys of a recipe's entry that are not parameters."""
 
 

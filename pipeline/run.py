@@ -92,6 +92,7 @@ def run(
         results = {name: _keep_log(result, folder.path) for name, result in results.items()}
         artifacts = _artifacts(results, store)
         chosen = {recipe.evaluate.baseline, only} if only else set(artifacts)
+        chosen -= {stage.name for stage in plan.stages if not stage.measure}
         if ablation is not None:
             chosen = ablation.measured(recipe.evaluate.baseline)
         evaluation = Evaluation(

@@ -46,7 +46,10 @@ NAMES = {"too_wide": "TooWide", "plain": "Plain"}
 def result(tmp_path_factory: pytest.TempPathFactory, install: Callable[..., None]) -> RunResult:
     place = tmp_path_factory.mktemp("unloadable")
     install(place, "misleading_passes", PASSES, {n: f"misleading_passes:{c}" for n, c in NAMES.items()})
-    passes = "passes=[{pass: too_wide}, {pass: plain}, {pass: plain, name: other, after: source}]"
+    passes = (
+        "passes=[{pass: too_wide}, {pass: plain}, {pass: too_wide, name: unrun, after: source, measure: false}, "
+        "{pass: plain, name: other, after: source}]"
+    )
     sets = [passes, "export=null", "gates=[]", "hardware=local", "evaluate.budget_s=1", "evaluate.quality.tokens=600"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(place))
@@ -73,6 +76,14 @@ def test_what_was_made_from_it_and_other_branches_are_measured(name: str, result
 
 def test_it_is_not_exported(result: RunResult) -> None:
     assert result.report.export == "other"
+
+
+def test_what_is_not_to_be_measured_is_made_and_never_loaded(result: RunResult) -> None:
+    stage = result.report.stage("unrun")  # it would not load
+    assert (stage.status, stage.reason) == ("ran", None)
+    assert (stage.speed, stage.quality, stage.load) == (None, None, None)
+    assert stage.artifact is not None
+    assert stage.effect is not None
 
 
 BREAKING = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,34 @@ def test_a_model_that_does_not_fit_into_memory_stops_unless_forced(checkpoint: P
     with pytest.raises(HostError, match="--force tries"):
         plan(CHAIN, checkpoint, store, host=host).require_runnable()
     plan(CHAIN, checkpoint, store, host=host, force=True).require_runnable()
+
+
+def test_a_stage_that_is_never_run_need_not_fit_into_memory(store: Store) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    text = f"""
+version: 1
+name: x
+model: {{architecture: {json.dumps({"type": "llama", "vocab_size": 32000, **sizes})}, dtype: bfloat16}}
+passes: [{{pass: export_onnx}}, {{pass: quantize_weights, bits: 4}}]
+"""
+    host = describe_host().model_copy(update={"available_memory_bytes": 22 * 10**9})
+    profile = load_profile("local", host=host).model_copy(update={"memory_bytes": 24 * 10**9})
+
+    def made(*overrides: str) -> Plan:
+        recipe = recipe_from_text(text, file="r.yaml", folder=Path(), overrides=overrides)
+        assert recipe.model.architecture is not None
+        given = recipe.model.architecture.model_dump()
+        source = find_source("architecture", "llama", relative_to=Path(), dtype="bfloat16", architecture=given)
+        registry = Registry()
+        return make_plan(recipe, source=source, store=store, registry=registry, profile=profile, host=host)
+
+    (told,) = made().obstacles
+    assert told.startswith("export_onnx: running it")
+    assert any(note.startswith("export_onnx does not fit") for note in made().notes)
+    without = made("passes.export_onnx.measure=false")
+    assert without.obstacles == ()
+    assert not any("does not fit" in note for note in without.notes)
+    assert keys(without) == keys(made())
 
 
 def test_other_cores_and_instructions_are_notes_and_stop_nothing(checkpoint: Path, store: Store) -> None:

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from pipeline.hardware import HardwareProfile, load_profile
 from pipeline.hardware.profile import profile_names
+from pipeline.models.outlier_channels import FAMILIES
 from pipeline.passes_catalogue import Parameter, PassDescription, describe_fields, describe_pass
 from pipeline.plugin import PASSES, Pass, PassParams, Registry, Requires
 from pipeline.recipe.json_schema import group_json_schema, recipe_json_schema
@@ -27,11 +28,13 @@ from pipeline.recipe.library import shipped_groups, shipped_recipes
 from pipeline.recipe.parsing import parse, to_yaml
 from pipeline.recipe.schema import (
     COMPARISONS,
+    Architecture,
     Entry,
     Evaluation,
     GroupEntry,
     GroupFile,
     Model,
+    OutlierChannels,
     Quality,
     RecipeFile,
     Workload,
@@ -332,7 +335,10 @@ BLOCKS: dict[str, Callable[[Registry], str]] = {
             "matrix": "matrix",
         },
     ),
-    "model": lambda _: fields(Model),
+    "model": lambda _: fields(Model, see={"architecture": "model.architecture"}),
+    "architecture": lambda _: fields(Architecture, see={"outlier_channels": "outlier_channels"}),
+    "outlier-families": lambda _: ", ".join(map(code, FAMILIES)),
+    "outlier-channels": lambda _: fields(OutlierChannels),
     "entry": lambda _: fields(Entry),
     "group-entry": lambda _: fields(GroupEntry),
     "group-file": lambda _: fields(GroupFile),

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.errors import RecipeError, did_you_mean
+from pipeline.models.outlier_channels import check_family
 from pipeline.models.transformers_index import causal_language_models, configuration_fields
 
 LIBRARIES = ("torch", "transformers")
@@ -15,10 +16,11 @@ RESERVED = ("model_type", "architectures", "dtype", "torch_dtype", "auto_map", "
 """Fields of a configuration that the recipe says in other ways, or that follow from it."""
 
 
-def check_architecture(kind: str, config: dict[str, Any]) -> None:
+def check_architecture(kind: str, config: dict[str, Any], *, outliers: bool = False) -> None:
     """Compare type and field names with what the installed transformers knows; values are checked when it is built.
 
-    Raises: RecipeError where there is no such architecture or field.
+    Raises: RecipeError where there is no such architecture or field, or it cannot be given the outlier channels that
+    are asked for.
     """
     known = causal_language_models()
     if known and kind not in known:
@@ -27,6 +29,8 @@ def check_architecture(kind: str, config: dict[str, Any]) -> None:
             hint=did_you_mean(kind, known, noun="types"),
         )
     check_fields(kind, config, configuration_fields(kind))
+    if outliers:
+        check_family(kind)
 
 
 def check_fields(kind: str, config: dict[str, Any], known: frozenset[str]) -> None:

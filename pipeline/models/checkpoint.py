@@ -119,10 +119,7 @@ def weight_files(folder: Path) -> list[str]:
     """
     index = folder / INDEX
     if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise RecipeError(f"{index} is damaged") from None
+        shards = sorted(set(_weight_map(index).values()))
         if strange := [name for name in shards if Path(str(name)).name != name]:
             raise RecipeError(f"{index} names a file outside its folder: {strange[0]}")
         _check_complete(folder, shards, len(shards))
@@ -146,6 +143,36 @@ def weight_files(folder: Path) -> list[str]:
             f"{folder} holds no weights for PyTorch", hint=f"it holds {graphs[0]}: model: {{onnx: {graphs[0]}}}"
         )
     raise RecipeError(f"{folder} holds no weights", hint="expected model.safetensors, or shards and their index")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name of each tensor -> the shard that holds it, as the index says.
+
+    Raises: RecipeError where it does not.
+    """
+    try:
+        told = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(tensor): str(shard) for tensor, shard in told.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise RecipeError(f"{index} is damaged") from None
+
+
+def check_index(folder: Path, tensors: dict[str, TensorRef]) -> None:
+    """Compare the index, where there is one, with the tensors that the shards hold.
+
+    Raises: RecipeError where no shard holds a tensor that the index lists.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    told = _weight_map(index)
+    lacking = [name for name in told if name not in tensors]
+    if lacking:
+        raise RecipeError(
+            f"{folder}: {INDEX} lists {len(told)} tensors, of which {len(lacking)} are missing: "
+            f"{told[lacking[0]]} holds no {lacking[0]!r}",
+            hint="the shards are of different models, or one was not written to its end: copy them again",
+        )
 
 
 def _check_complete(folder: Path, shards: list[str], of: int) -> None:

@@ -20,6 +20,7 @@ from pipeline.artifact import MAIN_COMPONENT, Artifact, Component, Interface, Ma
 from pipeline.errors import PipelineError
 from pipeline.models.architecture import check_fields
 from pipeline.models.checkpoint import MODEL
+from pipeline.models.outlier_channels import Outliers, norms_behind, put_outliers
 from pipeline.models.safetensors import DTYPES, read_header
 from pipeline.models.transformers_index import LEGACY_FIELDS
 from pipeline.store.writer import BlobStream, OutputWriter
@@ -50,6 +51,8 @@ def draw_model(
 ) -> Artifact:
     """The artifact of format torch that `params` ask for: {architecture: {type, seed, config}, dtype}.
 
+    The architecture may have `outlier_channels`, too: {share, scale: [low, high]}.
+
     Raises: PipelineError where transformers cannot build the architecture.
     """
     wanted = params["architecture"]
@@ -57,8 +60,13 @@ def draw_model(
     config = build_config(str(wanted["type"]), dict(wanted["config"]))
     model = build_model(config, str(params["dtype"]))
     config = model.config
+    outliers = None
+    if (given := wanted.get("outlier_channels")) is not None:
+        low, high = given["scale"]
+        outliers = Outliers(share=given["share"], low=low, high=high)
     stream = output.stream()
-    write_weights(model, int(wanted["seed"]), stream, lambda done: progress(done, "drawing weights"))
+    seed = int(wanted["seed"])
+    write_weights(model, seed, stream, lambda done: progress(done, "drawing weights"), outliers=outliers)
     entry = stream.close()
     tensors = {name: ref.model_copy(update={"file": MODEL}) for name, ref in read_header(stream.path).items()}
     config.architectures = [type(model).__name__]
@@ -117,13 +125,24 @@ def build_model(config: Any, dtype: str) -> Any:
     return model.eval()
 
 
-def write_weights(model: Any, seed: int, stream: BlobStream, progress: Callable[[float], None]) -> None:
+def write_weights(
+    model: Any,
+    seed: int,
+    stream: BlobStream,
+    progress: Callable[[float], None],
+    *,
+    outliers: Outliers | None = None,
+) -> None:
     """Draw every parameter and write all, and the buffers that checkpoints hold, as one safetensors file.
 
-    Tied parameters are written once, under the first of their names.
+    Tied parameters are written once, under the first of their names. `outliers` change none of the values that are
+    drawn, but scale some of them.
+
+    Raises: PipelineError where outliers are wanted of a model that has not its family's modules.
     """
     import torch
 
+    behind = norms_behind(model, model.config.model_type) if outliers is not None else {}
     parts: list[tuple[list[tuple[str, Any]], list[Place]]] = []
     seen: set[int] = set()
     for modules in _parts(model):
@@ -137,6 +156,11 @@ def write_weights(model: Any, seed: int, stream: BlobStream, progress: Callable[
         progress(done / len(parts))
         _draw(model, modules, places, seed)
         for place in places:
+            if outliers is not None and (norm := behind.get(place.key)):
+                weight = place.tensor
+                put_outliers(
+                    weight, outliers.factors(weight.shape[-1], _seed_of(seed, f"{norm} outliers"), weight.dtype)
+                )
             flat = place.tensor.detach().contiguous().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy().data)
             if place.attribute in place.module._parameters:

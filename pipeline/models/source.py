@@ -13,6 +13,7 @@ from pipeline.models.architecture import check_architecture
 from pipeline.models.checkpoint import (
     COMPANIONS,
     check_code_files,
+    check_index,
     check_weights,
     code_files,
     max_length,
@@ -32,7 +33,13 @@ TOKENIZER = "tokenizer.json"
 TORCH_READERS = ("source.py", "checkpoint.py", "safetensors.py")
 READERS = {
     "onnx": ("source.py", "onnx_file.py", "onnx_header.py", "checkpoint.py"),
-    "architecture": ("random_weights.py", "architecture.py", "checkpoint.py", "safetensors.py"),
+    "architecture": (
+        "random_weights.py",
+        "outlier_channels.py",
+        "architecture.py",
+        "checkpoint.py",
+        "safetensors.py",
+    ),
 }
 """Modules beside this one that write the manifest of a source's artifact."""
 
@@ -57,7 +64,7 @@ class Source:
     graph: str | None = None
     """The ONNX file among `files`."""
     architecture: dict[str, Any] | None = field(default=None)
-    """type, seed and the configuration's fields, where the weights are drawn from a seed."""
+    """type, seed, the configuration's fields and perhaps outlier_channels, where weights are drawn from a seed."""
     trust_remote_code: bool = False
 
     def __str__(self) -> str:
@@ -109,8 +116,8 @@ def find_source(
     """Find a model's files.
 
     `relative_to` is the folder that a relative `path` or `onnx` starts from. `download` allows the hub's files to be
-    fetched; without it only those already in the hub's cache are found. `architecture` holds type, seed and the
-    configuration's fields where `kind` says so.
+    fetched; without it only those already in the hub's cache are found. `architecture` holds type, seed, perhaps
+    outlier_channels, and the configuration's fields where `kind` says so.
 
     Raises: RecipeError where there is no such model or it is not usable; HostError where it cannot be fetched.
     """
@@ -139,6 +146,7 @@ def find_source(
     config = read_config(folder, trust_remote_code=trust_remote_code)
     weights = weight_files(folder)
     tensors = read_weights(folder, weights)
+    check_index(folder, tensors)
     check_weights(folder, config, tensors)
     companions = [name for name in COMPANIONS if (folder / name).is_file()]
     code: list[str] = []
@@ -238,8 +246,12 @@ def _is_companion(name: str) -> bool:
 
 
 def _architecture_source(kind: str, given: dict[str, Any], dtype: str) -> Source:
-    config = {name: value for name, value in given.items() if name not in ("type", "seed")}
-    check_architecture(kind, config)
+    outliers = given.get("outlier_channels")
+    config = {name: value for name, value in given.items() if name not in ("type", "seed", "outlier_channels")}
+    check_architecture(kind, config, outliers=outliers is not None)
+    architecture = {"type": kind, "seed": int(given.get("seed", 0)), "config": config}
+    if outliers is not None:
+        architecture["outlier_channels"] = dict(outliers)
     return Source(
         kind="architecture",
         name=kind,
@@ -247,5 +259,5 @@ def _architecture_source(kind: str, given: dict[str, Any], dtype: str) -> Source
         dtype="float32" if dtype == "auto" else dtype,
         files=(),
         max_length=max_length(config),
-        architecture={"type": kind, "seed": int(given.get("seed", 0)), "config": config},
+        architecture=architecture,
     )

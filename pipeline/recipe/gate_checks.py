@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.measure.workload import Point, Workload
@@ -12,12 +12,17 @@ from pipeline.report.gates import METRICS, SELECTORS
 
 
 def checked_gates(
-    recipe: RecipeModel, names: Sequence[str], positions: Positions, elsewhere: Mapping[str, int]
+    recipe: RecipeModel,
+    names: Sequence[str],
+    unmeasured: Collection[str],
+    positions: Positions,
+    elsewhere: Mapping[str, int],
 ) -> list[Gate]:
     """The recipe's gates.
 
     Args:
         names: of the recipe's stages, without the source.
+        unmeasured: those of them that are made and never run.
         elsewhere: stages that other cells of the matrix have, and in which one.
 
     Raises: RecipeError at the place of a gate that cannot be read, names what is not there, or cannot be evaluated.
@@ -49,6 +54,8 @@ def checked_gates(
             if not value.isdigit():
                 raise RecipeError(f"gate {text!r}: {key} should be a number of tokens or sequences", location=where)
         why, hint = _hopeless(gate, recipe)
+        if gate.stage in unmeasured and not METRICS[gate.metric].unrun:
+            why, hint = f"{gate.stage} is not to be measured", "take `measure: false` out of its entry"
         if why:
             raise RecipeError(f"gate {text!r}: {why}", location=where, hint=hint)
         gates.append(gate)

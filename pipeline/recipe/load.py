@@ -147,11 +147,16 @@ def _recipe(tree: Node, elsewhere: Mapping[str, int]) -> Recipe:
     data, positions = plain(tree)
     checked = validate(RecipeFile, data, positions)
     stages = _stages(checked, positions)
-    gates = checked_gates(checked, [s.name for s in stages], positions, elsewhere)
+    gates = checked_gates(checked, [s.name for s in stages], unmeasured(stages), positions, elsewhere)
     fields = {name: getattr(checked, name) for name in RecipeModel.model_fields}
     recipe = Recipe.model_construct(**fields, stages=stages, parsed_gates=gates)
     recipe._positions = positions
     return recipe
+
+
+def unmeasured(stages: Sequence[Stage]) -> set[str]:
+    """Names of the stages whose models are made and never run."""
+    return {stage.name for stage in stages if not stage.measure}
 
 
 def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
@@ -196,6 +201,7 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
                 parent=entry.after or before,
                 inputs=entry.inputs,
                 allow_broken=entry.allow_broken,
+                measure=entry.measure,
                 timeout_s=entry.timeout_s,
                 index=i,
             )
@@ -209,4 +215,10 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
                 location=positions.find(path),
                 hint=did_you_mean(given, known, noun="stages"),
             )
+    if recipe.evaluate.baseline in unmeasured(stages):
+        raise RecipeError(
+            f"evaluate.baseline: {recipe.evaluate.baseline} is not to be measured, and the others are compared with it",
+            location=positions.find(("evaluate", "baseline")),
+            hint="take `measure: false` out of its entry, or name another baseline",
+        )
     return stages

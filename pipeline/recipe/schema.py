@@ -40,6 +40,22 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class OutlierChannels(Part):
+    """Channels of every norm's output that are larger than the others, as those of trained models are."""
+
+    share: float = Field(0.005, gt=0, le=1, description="of a norm's channels; one at least")
+    scale: list[Annotated[float, Field(ge=1)]] = Field(
+        [20.0, 60.0], min_length=2, max_length=2, description="least and largest factor, evenly drawn between them"
+    )
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_ascends(cls, scale: list[float]) -> list[float]:
+        if scale[0] > scale[1]:
+            raise ValueError(f"the least factor comes first; got {scale}")
+        return scale
+
+
 class Architecture(BaseModel):
     """An architecture with random weights. Every key that is not listed here is a field of its configuration."""
 
@@ -47,6 +63,11 @@ class Architecture(BaseModel):
 
     type: str = Field(description="model_type of a causal language model in transformers, such as llama")
     seed: int = Field(0, ge=0, lt=2**32, description="of the random weights")
+    outlier_channels: OutlierChannels | None = Field(
+        None,
+        description="some channels of each norm are scaled up, and what reads them down by as much: the model computes "
+        "the same, and its activations have outliers to round, as trained ones have; {} takes the defaults",
+    )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -108,6 +129,11 @@ class Entry(BaseModel):
     after: str | None = Field(None, description="the stage whose artifact it takes; default: the entry before")
     inputs: dict[str, str] = Field(default_factory=dict, description="further stages that the pass reads, by role")
     allow_broken: bool = Field(False, description="a broken model does not fail the run")
+    measure: bool = Field(
+        True,
+        description="false: the model is made and never run, which is for one that only leads to others, or that this "
+        "machine cannot hold",
+    )
     timeout_s: float | None = Field(None, gt=0, description="seconds after which the pass is ended; default: never")
 
 
@@ -275,6 +301,7 @@ class Stage(Part):
     parent: str
     inputs: dict[str, str]
     allow_broken: bool
+    measure: bool = True
     timeout_s: float | None = None
     index: int = Field(description="place in the recipe's list of passes, from 0")
 

@@ -50,6 +50,8 @@ class Metric(NamedTuple):
     """Whether it compares with the baseline, which has no such figure itself."""
     share: bool = False
     """Whether it lies between 0 and 1."""
+    unrun: bool = False
+    """Whether it is known of a model that is made and never run."""
 
 
 SELECTORS = ("batch", "prompt", "new_tokens")
@@ -232,23 +234,29 @@ METRICS: dict[str, Metric] = {
         "share of tokens with the same most likely next token", _paired("top1_agreement"), paired=True, share=True
     ),
     "max_abs_logit_error": Metric("largest difference of any logit", _paired("max_abs_logit_error"), paired=True),
-    "size_bytes": Metric("bytes of the artifact", _one(_size)),
-    "size_ratio": Metric("bytes of the artifact over the baseline's", _over_baseline(_size)),
-    "weights_bytes": Metric("bytes of its weights", _one(_weights)),
+    "size_bytes": Metric("bytes of the artifact", _one(_size), unrun=True),
+    "size_ratio": Metric("bytes of the artifact over the baseline's", _over_baseline(_size), unrun=True),
+    "weights_bytes": Metric("bytes of its weights", _one(_weights), unrun=True),
     "load_s": Metric("seconds to load, files in the page cache", _one(_load)),
     "load_ratio": Metric("load_s over the baseline's", _over_baseline(_load)),
     "cold_load_s": Metric("seconds to load, files not in the page cache", _one(_cold_load)),
     "peak_memory_bytes": Metric("of inference, anonymous + shared", _one(_memory)),
     "device_peak_memory_bytes": Metric("of the CUDA allocator", _one(lambda s: s.device_peak_memory_bytes)),
     "peak_memory_ratio": Metric("peak_memory_bytes over the baseline's", _over_baseline(_memory)),
-    "nodes": Metric("nodes of the graph", _one(_nodes)),
+    "nodes": Metric("nodes of the graph", _one(_nodes), unrun=True),
     "casts": Metric(
-        "Cast nodes of the graph", _one(lambda s: s.effect.casts[1] if s.effect and s.effect.casts else None)
+        "Cast nodes of the graph",
+        _one(lambda s: s.effect.casts[1] if s.effect and s.effect.casts else None),
+        unrun=True,
     ),
-    "slow_nodes": Metric("nodes without a fast kernel at their settings", _one(_slow_nodes)),
-    "weights_quantized": Metric("share of the parent's weights that the stage quantized", _one(_quantized), share=True),
-    "conversion_memory_bytes": Metric("of the pass, anonymous + shared", _one(lambda s: s.cost.peak_memory_bytes)),
-    "conversion_s": Metric("seconds that the pass took when it ran", _one(lambda s: s.cost.wall_s)),
+    "slow_nodes": Metric("nodes without a fast kernel at their settings", _one(_slow_nodes), unrun=True),
+    "weights_quantized": Metric(
+        "share of the parent's weights that the stage quantized", _one(_quantized), share=True, unrun=True
+    ),
+    "conversion_memory_bytes": Metric(
+        "of the pass, anonymous + shared", _one(lambda s: s.cost.peak_memory_bytes), unrun=True
+    ),
+    "conversion_s": Metric("seconds that the pass took when it ran", _one(lambda s: s.cost.wall_s), unrun=True),
 }
 """What a gate may name: STAGE.METRIC."""
 

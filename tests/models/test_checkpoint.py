@@ -98,6 +98,15 @@ def test_a_missing_shard_is_named_with_and_without_an_index(save_llama: Save) ->
     assert f"lacks 1 of {len(shards)} weight files: {shards[1].name}" in complaint(folder)
 
 
+def test_a_tensor_that_no_shard_holds_is_named_though_all_shards_are_there(save_llama: Save) -> None:
+    folder = save_llama(max_shard_size="20KB")
+    told = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = folder / told["model.norm.weight"]
+    save_file({k: v for k, v in load_file(shard).items() if k != "model.norm.weight"}, shard)
+    said = complaint(folder)
+    assert f"lists {len(told)} tensors, of which 1 are missing: {shard.name} holds no 'model.norm.weight'" in said
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

@@ -95,6 +95,14 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file() -> None:
         (HEAD + "gates: ['source.prefill_latency_s{new_tokens: 64} < 1']\n", "the workload has no such point"),
         (HEAD + "gates: [source.forward_latency_s < 1]\n", "times prefill and decode, and forward_latency_s is of"),
         (HEAD + "gates: [source.decode_speedup >= 1.1]\n", "source is the baseline, with which decode_speedup"),
+        (
+            HEAD + "passes: [{pass: a, measure: false}]\ngates: [a.decode_speedup >= 1.1]\n",
+            "r.yaml:5:9: gate 'a.decode_speedup >= 1.1': a is not to be measured",
+        ),
+        (
+            HEAD + "passes: [{pass: a, measure: false}]\nevaluate: {baseline: a}\n",
+            "evaluate.baseline: a is not to be measured, and the others are compared with it",
+        ),
         (HEAD + "gates: [source.kl_divergence <= 1]\n", "source is the baseline, with which kl_divergence"),
         (HEAD + "gates: [source.decode_speedup_over_parent > 1]\n", "source was made from no other stage"),
         (HEAD + "gates: [source.weights_quantized >= 95]\n", "a share, which is never more than 1\n  0.95 is 95 %"),
@@ -145,6 +153,11 @@ def test_a_value_that_may_be_a_number_or_a_list_is_told_once_what_is_wrong() -> 
     assert complaint(HEAD + "evaluate: {workload: {new_tokens: 0}}\n") == (
         "r.yaml:4:23: evaluate.workload.new_tokens should be greater than or equal to 1; got 0"
     )
+
+
+def test_a_gate_on_what_a_model_is_needs_no_measuring() -> None:
+    passes = "passes: [{pass: a, measure: false}]\n"
+    assert len(read(HEAD + passes + "gates: [a.size_bytes <= 1, a.conversion_s <= 2, a.nodes < 3]\n").gates) == 3
 
 
 def test_aliases_of_aliases_do_not_fill_the_memory() -> None:
