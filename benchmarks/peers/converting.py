@@ -1,6 +1,6 @@
 """One conversion, in a process that is watched: how long it takes, and how much memory.
 
-    python -m benchmarks.peers.converting ADAPTER OPTIONS CHECKPOINT FOLDER       # what the process runs
+python -m benchmarks.peers.converting ADAPTER OPTIONS CHECKPOINT FOLDER       # what the process runs
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def environment(threads: int) -> dict[str, str]:
     return {**worker_environment(threads), "PYTHONPATH": str(ROOT)}
 
 
-def convert(conversion: Conversion, python: Path, checkpoint: Path, work: Path, *, threads: int, log: Path) -> Converted:
+def convert(
+    conversion: Conversion, python: Path, checkpoint: Path, work: Path, *, threads: int, log: Path
+) -> Converted:
     """Convert in a fresh process, unless `work` has it already; interpreter and imports count.
 
     Memory is anonymous and shared memory of the process and its descendants, sampled.

@@ -50,7 +50,9 @@ class Shape(NamedTuple):
         Raises: ValueError where the model is none that these names describe.
         """
         if config.get("model_type") != "llama":
-            raise ValueError(f"GGUF is written of Llamas only; config.json says model_type {config.get('model_type')!r}")
+            raise ValueError(
+                f"GGUF is written of Llamas only; config.json says model_type {config.get('model_type')!r}"
+            )
         if config.get("tie_word_embeddings"):
             raise ValueError("GGUF is written of models with a head of their own; this one's is its embedding")
         rotary = config.get("rope_parameters") or {}

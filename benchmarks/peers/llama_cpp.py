@@ -32,9 +32,7 @@ def convert(checkpoint: Path, folder: Path, *, kind: str) -> None:
     write_gguf(checkpoint, whole)
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    failed = llama_cpp.llama_model_quantize(
-        str(whole).encode(), str(folder / MODEL).encode(), ctypes.byref(parameters)
-    )
+    failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(folder / MODEL).encode(), ctypes.byref(parameters))
     if failed:
         raise RuntimeError(f"llama_model_quantize gave {failed} for {kind}; its log says why")
     whole.unlink()

@@ -191,10 +191,10 @@ def measure_quality(
 
 
 def _score(worker: CandidateWorker, candidate: Candidate, texts: Texts, folder: Path) -> Quality:
+    import numpy as np
+
     from pipeline.measure.quality import perplexity
     from pipeline.measure.scoring import NLL
-
-    import numpy as np
 
     answers = []
     for what, windows in zip(("first", "following"), texts.windows(), strict=True):

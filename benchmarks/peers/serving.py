@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.candidates import PROMPT, Candidate
-from benchmarks.peers.converting import ROOT, adapter_module, environment
+from benchmarks.peers.converting import adapter_module, environment
 from pipeline.artifact import Artifact
 from pipeline.measure.process import LoadError, Process, Worker
 from pipeline.measure.worker import Session, serve
