@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact, Frozen, canonical_json
 from pipeline.errors import PipelineError, RecipeError, did_you_mean
-from pipeline.measure.effect import compare_artifacts, graph_changes, graphs_of
+from pipeline.measure.effect import Origin, compare_artifacts, counterparts, graph_changes, graphs_of
 from pipeline.measure.graph_changes import Alike, GraphChanges, region
 from pipeline.measure.visible import all_visible, visible
 from pipeline.measure.weight_contents import Contents, contents_of, places_of
@@ -97,7 +97,9 @@ def _diff(report: Report, stages: tuple[str, str], before: Artifact, after: Arti
             size_bytes=(manifests[0].size_bytes, manifests[1].size_bytes),
             weights_bytes=(manifests[0].weights_bytes, manifests[1].weights_bytes),
         ),
-        effect=compare_artifacts(before, after, device=device, contents=contents),
+        effect=compare_artifacts(
+            before, after, device=device, contents=contents, origins={"": Origin(stages[0], before)}
+        ),
         groups=_groups(before, after, contents),
         weights=_other_weights(before, after, contents),
         interface=_differences(*interfaces),
@@ -134,7 +136,7 @@ def _groups(before: Artifact, after: Artifact, contents: Contents) -> tuple[Grou
     graphs = graphs_of(before), graphs_of(after)
     if not all(graphs):
         return ()
-    found = graph_changes(*graphs, contents.both)
+    found = graph_changes(counterparts(*graphs), contents)
     groups = [(part, changes, group) for part, changes in found.items() for group in changes.groups]
     return tuple(_group(*found, drawn=number < MOST_REGIONS) for number, found in enumerate(groups))
 

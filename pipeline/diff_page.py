@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.diff import Diff, Group
+from pipeline.report.effects import component_facts
 from pipeline.report.figures import megabytes
 from pipeline.report.graph_drawing import STYLE, as_text, draw
 
@@ -73,6 +74,8 @@ def headline(diff: Diff) -> str:
         return "The same graph with the same weights; one keeps weights that no node reads, or some twice."
     if effect.kind == "conversion":
         return f"Another format: {diff.formats[0]} became {diff.formats[1]}."
+    if _has_other_components(diff):
+        return _other_components(diff)
     if effect.kind == "weights" and effect.weights_quantized:
         done, of = effect.weights_quantized
         return f"Other weights: {done:,} of {of:,} quantized."
@@ -83,6 +86,29 @@ def headline(diff: Diff) -> str:
         "none": "The same graph and weights; what is around them differs.",
     }
     return words[effect.kind]
+
+
+def _has_other_components(diff: Diff) -> bool:
+    return any(part.is_new or part.is_gone for part in diff.effect.components)
+
+
+def _other_components(diff: Diff) -> str:
+    """Which components came or went, and which of them are what the other stage is."""
+    first, second = diff.stages
+    parts = diff.effect.components
+    came, went = [part.name for part in parts if part.is_new], [part.name for part in parts if part.is_gone]
+    owner, other, names = (second, first, came) if came else (first, second, went)
+    same = [part.name for part in parts if part.kind == "none" and part.name in names]
+    told = [f"{owner} has the components {_and(names)}"]
+    if came and went:
+        told.append(f"{other} has {_and(went)}")
+    if same:
+        told.append(f"{_and(same)} {'is' if len(same) == 1 else 'are'} what {other} is")
+    return f"Other components: {'; '.join(told)}."
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def facts(diff: Diff) -> list[Fact]:
@@ -128,12 +154,20 @@ def _facts(diff: Diff) -> Iterator[Fact]:
     yield from _counts("data type", effect.data_types)
     if effect.nodes and effect.nodes[0] != effect.nodes[1]:
         yield Fact("nodes", _pair(effect.nodes))
+    one_only = any(part.is_gone for part in effect.components) and not any(part.is_new for part in effect.components)
+    for part in effect.components:  # those of the first stage, where the second has a single one
+        owner, other = diff.stages if one_only else diff.stages[::-1]
+        yield Fact(f"component {part.name} of {owner}", component_facts(part, other))
     if effect.kind == "conversion":  # one of the two has no graph: what the other consists of
         there = sorted(
             ((max(pair), name) for name, pair in effect.operators.items()), key=lambda one: (-one[0], one[1])
         )
         if there:
             yield Fact("operators", ", ".join(f"{count:,} {name}" for count, name in there))
+    elif _has_other_components(diff):  # most of them double
+        if effect.operators:
+            told = (f"{old:,} -> {new:,} {name}" for name, (old, new) in effect.operators.items())
+            yield Fact("operators", ", ".join(told))
     else:
         yield from _counts("", effect.operators)
     yield from _counts("module", effect.modules)

@@ -12,7 +12,7 @@ from pipeline.divergences import find_divergences, references
 from pipeline.errors import PipelineError
 from pipeline.events import Events
 from pipeline.hardware.probe import BUSY_LOAD, Figure, cached_probe, probe, probe_folder, quick_bandwidth
-from pipeline.measure.effect import EFFECT_VERSION, ComparisonError, Effect, compare_artifacts
+from pipeline.measure.effect import EFFECT_VERSION, ComparisonError, Effect, Origin, compare_artifacts
 from pipeline.measure.judging import Judgement, judge
 from pipeline.measure.layers import LayerDivergence
 from pipeline.measure.nurseries import Nurseries
@@ -177,13 +177,14 @@ class Evaluation:
             if stage.parent is not None and stage.parent in self.artifacts and stage.name in self.artifacts
         }
         device = self.plan.hardware.device
+        origins = {name: self._origins(name) for name in pairs}
         failures: dict[str, str] = {}
         notes: list[str] = []
 
         def compare(names: list[str]) -> Iterator[tuple[str, Effect]]:
             for name in names:
                 try:
-                    effect = compare_artifacts(*pairs[name], device=device)
+                    effect = compare_artifacts(*pairs[name], device=device, origins=origins[name])
                 except ComparisonError as error:  # it may run all the same
                     notes.append(f"what {name} changed is not known: {error}")
                     continue
@@ -193,10 +194,28 @@ class Evaluation:
                 yield name, effect
 
         identities = {
-            name: {"effect": EFFECT_VERSION, "before": before.digest, "after": after.digest, "device": device}
+            name: {
+                "effect": EFFECT_VERSION,
+                "before": before.digest,
+                "after": after.digest,
+                "device": device,
+                "origins": {role: [origin.stage, origin.artifact.digest] for role, origin in origins[name].items()},
+            }
             for name, (before, after) in pairs.items()
         }
         return remembered(self.store, Effect, identities, compare), failures, notes
+
+    def _origins(self, name: str) -> dict[str, Origin]:
+        """By role, the stages that one with several components was made from; its parent's role is empty."""
+        if len(self.artifacts[name].manifest.components) == 1:
+            return {}
+        planned = self.plan.stage(name)
+        roles = {"": planned.parent, **planned.inputs}
+        return {
+            role: Origin(stage, self.artifacts[stage])
+            for role, stage in roles.items()
+            if stage in self.artifacts and stage
+        }
 
     def _quality(self, stages: list[StageToMeasure], *, known_only: bool) -> _Quality:
         """Only stages that the store does not know are scored, beside the baseline."""

@@ -20,19 +20,19 @@ from pipeline.report.schema import ArtifactFacts, Lock, Report, StageReport
 from pipeline.store import Store
 
 
-def _tiny_models() -> ModuleType:
-    """tests/runtime/tiny_models.py, loaded once for all test modules."""
-    if "tiny_models" not in sys.modules:
-        path = Path(__file__).parent / "runtime" / "tiny_models.py"
-        spec = importlib.util.spec_from_file_location("tiny_models", path)
+def _shared(name: str, folder: str) -> ModuleType:
+    """A module of another folder of tests, loaded once for all test modules."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
-        sys.modules["tiny_models"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["tiny_models"])
-    return sys.modules["tiny_models"]
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
-tiny_models = _tiny_models()
+tiny_models = _shared("tiny_models", "runtime")
+fused_llama = _shared("fused_llama", "measure")
 
 
 class House:
@@ -294,6 +294,53 @@ def test_what_cannot_be_compared_is_an_error_without_a_traceback(house: House) -
         house.diff("first", "garbage")
     with pytest.raises(PipelineError, match="garbage and first cannot be compared: "):
         house.diff("garbage", "first")
+
+
+@pytest.fixture
+def phases(house: House) -> House:
+    """Beside the others, `both` of first for prompts and longer for single tokens, and `later` of first and trained."""
+    for name, decode in (("both", "longer"), ("later", "trained")):
+        house.publish(name, fused_llama.two_phases(house.stages["first"], house.stages[decode]))
+    house.write()
+    return house
+
+
+def test_a_stage_of_two_graphs_is_told_by_those_that_it_is_made_of(phases: House) -> None:
+    for parent, same, other in (("first", "prefill", "decode"), ("longer", "decode", "prefill")):
+        found = phases.diff(parent, "both")
+        assert headline(found) == (
+            f"Other components: both has the components prefill and decode; {same} is what {parent} is."
+        )
+        assert not found.equal
+        assert told(found)[f"component {same} of both"].endswith(f"nodes, graph and weights of {parent}")
+        assert told(found)[f"component {other} of both"].endswith(f"nodes, another graph than {parent}")
+        assert [group.component for group in found.groups] == [other]
+        assert places_in_words(found.groups[0]) == f"{other}: part 1 of the graph"
+
+
+def test_two_graphs_before_one_are_told_in_the_same_words(phases: House) -> None:
+    found = phases.diff("both", "first")
+    assert headline(found) == "Other components: both has the components prefill and decode; prefill is what first is."
+    assert told(found)["component decode of both"] == "23 nodes, another graph than first"
+    assert told(found)["nodes"] == "45 -> 22"
+    assert "1 -> 0 Identity" in told(found)["operators"]
+    assert found.groups[0].gone == {"Identity": 1}
+
+
+def test_stages_of_two_graphs_each_are_compared_graph_by_graph(phases: House) -> None:
+    found = phases.diff("both", "later")
+    assert headline(found) == "Other weights."
+    assert told(found)["component prefill of later"] == "22 nodes, graph and weights of both/prefill"
+    assert told(found)["component decode of later"] == "23 → 22 nodes, other weights than both"
+    assert phases.diff("both", "both").equal
+
+
+def test_a_page_and_a_text_can_be_made_of_stages_of_two_graphs(phases: House) -> None:
+    found = phases.diff("first", "both")
+    page, text = diff_as_html(found), diff_as_text(found)
+    for words in ("prefill is what first is", "another graph than first", "decode: part 1 of the graph"):
+        assert words in page
+        assert words in text
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe import load_recipe
+from pipeline.report.html import render_html
+from pipeline.report.markdown import render_markdown
 from pipeline.report.schema import Divergence, QualityRatio
+from pipeline.report.terminal import render_text
 from pipeline.run import RunResult, run
 from pipeline.store import Store
 
@@ -270,3 +273,63 @@ def test_what_cannot_be_compared_with_its_parent_is_not_failed_by_that(
     assert "its artifact cannot be read" in str(report.stage("garbage").reason)
     assert (report.stage("mended").status, report.stage("mended").effect) == ("ran", None)
     assert any(note.startswith("what mended changed is not known: ") for note in report.notes)
+
+
+TOGETHER = """
+import numpy as np
+from onnx import helper, numpy_helper
+from pipeline import Artifact, Component, Field, Interface, Manifest, Pass, PassParams
+
+class Multiply(Pass):
+    "Writes a graph of one product."
+    name = "multiply"
+    accepts, produces = frozenset({"torch"}), "onnx"
+
+    class Params(PassParams):
+        factor: float = Field(1.0, description="what its weight is full of")
+
+    def run(self, artifact, params, context):
+        x, y = (helper.make_tensor_value_info(name, 1, [2, 4]) for name in "xy")
+        weight = numpy_helper.from_array(np.full((4, 4), params.factor, np.float32), "w")
+        graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
+        data = helper.make_model(graph, ir_version=10).SerializeToString()
+        files = {"model.onnx": context.output.file("model.onnx", data)}
+        part = Component(format="onnx", files=files)
+        manifest = Manifest(format="onnx", components={"model": part}, interface=Interface())
+        return Artifact(manifest, artifact.blobs)
+
+class Together(Pass):
+    "Puts two graphs into one artifact."
+    name = "together"
+    accepts, produces = frozenset({"onnx"}), "onnx"
+    def run(self, artifact, params, context):
+        parts = {role: given.component for role, given in context.inputs.items()}
+        execution = {"phases": {"crossover_tokens": 4}}
+        update = {"components": parts, "execution": execution}
+        return Artifact(artifact.manifest.model_copy(update=update), artifact.blobs)
+"""
+
+
+def test_a_stage_put_together_of_two_names_both_whichever_of_them_is_its_parent(
+    tmp_path: Path, checkpoint: Path, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "joining_passes", TOGETHER, {n: f"joining_passes:{n.title()}" for n in ("multiply", "together")})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"version: 1\nname: r\nmodel: {{path: {checkpoint}}}\npasses:\n"
+        "  - {pass: multiply, name: one}\n"
+        "  - {pass: multiply, name: two, after: source, factor: 2.0}\n"
+        "  - {pass: together, name: first, after: one, inputs: {prefill: one, decode: two}}\n"
+        "  - {pass: together, name: second, after: two, inputs: {prefill: one, decode: two}}\n"
+    )
+    report = run(load_recipe(recipe), store=Store(tmp_path / "store"), runs=tmp_path / "runs", measure=False).report
+    for name in ("first", "second"):
+        effect = report.stage(name).effect
+        assert effect is not None
+        assert [(part.name, part.same_as) for part in effect.components] == [("prefill", "one"), ("decode", "two")]
+    text = render_text(report)
+    assert "prefill as one, decode as two" in " ".join(text.split())
+    assert "consists of prefill as one and decode as two (2 nodes)" in render_markdown(report)
+    assert "prefill as one and decode as two" in render_html(report)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from passes.export.export_onnx import ExportOnnx
 from passes.quantize.quantize_weights import QuantizeWeights
-from pipeline.artifact import Artifact, Component, FileEntry, Interface, Manifest, TensorRef
+from pipeline.artifact import Artifact, CacheLayout, Component, FileEntry, Interface, Manifest, TensorRef
 from pipeline.errors import HostError
 from pipeline.hardware import describe_host, load_profile
 from pipeline.memory_estimate import (
@@ -170,6 +170,28 @@ def test_a_graph_without_a_limit_on_its_logits_pays_for_every_position() -> None
     assert unlimited - limited == 2 * (100 - 1) * 32000 * 4
 
 
+def test_fused_attention_keeps_no_scores_and_no_second_cache() -> None:
+    model = size_of_config(LLAMA_7B).model_copy(update={"format": "onnx", "logits_to_keep": False})
+    fused = model.model_copy(update={"cache_in_place": True, "logits_to_keep": True})
+    plain, less = (activation_bytes(m, Load(2, 100, 28)) for m in (model, fused))
+    assert plain is not None and less is not None
+    decoder = model.decoder
+    assert decoder is not None
+    cache = kv_cache_bytes(decoder, batch=2, length=128, dtype="float32")
+    assert plain - less == 2 * 32 * 100 * 100 * 4 + cache + 2 * (100 - 1) * 32000 * 4
+    both = [predict_memory(Prediction(model=m), [Load(2, 100, 28)]).kv_cache_bytes for m in (model, fused)]
+    assert both == [cache, cache]
+
+
+def test_scores_that_are_capped_are_kept_by_fused_attention_too() -> None:
+    decoder = decoder_of({**LLAMA_7B, "attn_logit_softcapping": 50.0})
+    fused = size_of_config(LLAMA_7B).model_copy(update={"format": "onnx", "cache_in_place": True})
+    capped = fused.model_copy(update={"decoder": decoder})
+    less, more = (activation_bytes(m, Load(1, 100, 1)) for m in (fused, capped))
+    assert less is not None and more is not None
+    assert more - less == 32 * 100 * 100 * 4
+
+
 # --- where weights are
 
 
@@ -190,6 +212,32 @@ def test_onnx_runtime_holds_products_and_maps_the_table() -> None:
     assert held_weights(quantized).memory_bytes == pytest.approx(products * 0.625)
     packed = quantized.model_copy(update={"prepacked": True})
     assert held_weights(packed) == (0, quantized.weights_bytes)
+
+
+def two_phases(prefill: ModelSize, decode: ModelSize) -> ModelSize:
+    return decode.model_copy(update={"phases": (prefill, decode)})
+
+
+def test_two_phases_hold_the_products_of_both_and_map_what_they_share_once() -> None:
+    model = size_of_config(LLAMA_7B, dtype="float32").model_copy(update={"format": "onnx"})
+    int8, int4 = (model.with_weights(("linear",), f"int{bits}", bits / 8) for bits in (8, 4))
+    held = held_weights(two_phases(int8, int4))
+    each = [held_weights(one) for one in (int8, int4)]
+    assert held.memory_bytes == sum(one.memory_bytes for one in each)  # the float head is packed by each of them
+    assert held.mapped_bytes == each[0].mapped_bytes == each[1].mapped_bytes
+    both = two_phases(int8, int4)
+    assert both.weights_bytes == int8.weights_bytes + int4.linear.size_bytes
+
+
+def test_packed_phases_are_mapped() -> None:
+    model = size_of_config(LLAMA_7B, dtype="float32").model_copy(update={"format": "onnx"})
+    int8, int4 = (
+        model.with_weights(("linear", "head"), f"int{bits}", bits / 8).model_copy(update={"prepacked": True})
+        for bits in (8, 4)
+    )
+    both = two_phases(int8, int4)
+    assert held_weights(both) == (0, both.weights_bytes)
+    assert held_weights(both, device="cuda").memory_bytes == int8.weights_bytes + int4.weights_bytes
 
 
 def test_a_gpu_holds_all_weights_itself() -> None:
@@ -262,6 +310,51 @@ def test_a_graph_that_keeps_its_weights_inside_counts_as_products(tmp_path: Path
     found = size_of_artifact(Artifact(manifest, tmp_path))
     assert found.weights_bytes == 8000
     assert found.decoder is None
+
+
+def test_a_real_artifact_of_two_phases_has_the_bytes_of_each(tmp_path: Path) -> None:
+    model = size_of_config(SMALL).model_copy(update={"format": "onnx"})
+
+    def ref(offset: int, length: int, dtype: str) -> TensorRef:
+        return TensorRef(file="w", offset=offset, length=length, dtype=dtype, shape=(1, length))
+
+    files = {"w": FileEntry(digest="0" * 64, size_bytes=4000)}
+    shared = {
+        "model.embed_tokens.weight": ref(0, 1000, "float32"),
+        "lm_head.weight": ref(1000, 400, "float32"),
+    }
+    layer = "model.layers.0.mlp.up_proj.weight"
+    prefill = Component(format="onnx", files=files, tensors={**shared, f"{layer}.q8": ref(1400, 800, "int8")})
+    packed = {f"{layer}.q4": ref(2200, 400, "uint8"), f"{layer}.q4.prepacked_0.0": ref(2600, 480, "uint8")}
+    decode = Component(format="onnx", files=files, tensors={**shared, **packed})
+    interface = Interface(cache=CacheLayout(layers=2, kv_heads=2, head_dim=16, in_place=True), logits_to_keep="keep")
+    manifest = Manifest(
+        format="onnx", components={"prefill": prefill, "decode": decode}, interface=interface, execution={}
+    )
+    found = corrected(model.model_copy(update={"logits_to_keep": False}), Artifact(manifest, tmp_path))
+    assert [(one.embedding.size_bytes, one.head.size_bytes, one.linear.size_bytes) for one in found.phases] == [
+        (1000, 400, 800),
+        (1000, 400, 880),
+    ]
+    assert [(one.head.dtype, one.linear.dtype, one.prepacked) for one in found.phases] == [
+        ("float32", "int8", False),
+        ("float32", "uint8", True),
+    ]
+    assert manifest.weights_bytes == 3080
+    assert found.weights_bytes == 3080 + model.other.size_bytes  # norms, which graphs keep inside
+    assert (found.cache_in_place, found.logits_to_keep) == (True, True)
+    assert held_weights(found).memory_bytes == 800 + round(400 * 1.1)
+
+
+def test_a_graph_that_was_exported_says_how_its_cache_is_given(tmp_path: Path) -> None:
+    layout = CacheLayout(layers=2, kv_heads=2, head_dim=16)
+    for in_place in (False, True):
+        interface = Interface(cache=layout.model_copy(update={"in_place": in_place}))
+        part = Component(format="onnx", files={"model.onnx": FileEntry(digest="0" * 64, size_bytes=8000)})
+        parts = {"prefill": part, "decode": part}
+        found = size_of_artifact(Artifact(Manifest(format="onnx", components=parts, interface=interface), tmp_path))
+        assert found.cache_in_place is in_place
+        assert found.weights_bytes == 16000
 
 
 def test_a_real_artifact_corrects_the_bytes_and_no_other_thing(tmp_path: Path) -> None:

@@ -228,12 +228,15 @@ def _in_words(found: Description) -> list[str]:
     lines.append(f"interface {found.task}{vocabulary}{length}")
     if found.cache:
         c = found.cache
-        lines.append(f"  cache: {c.layers} layers of [B, {c.kv_heads}, T, {c.head_dim}] {c.dtype}, keys and values")
+        how = ", extended in place" if c.in_place else ""
+        lines.append(
+            f"  cache: {c.layers} layers of [B, {c.kv_heads}, T, {c.head_dim}] {c.dtype}, keys and values{how}"
+        )
     for direction, names in (("inputs", found.inputs), ("outputs", found.outputs)):
         if names:
             lines.append(f"  {direction}: {_names_in_words(names)}")
     if found.execution:
-        lines.append("execution " + ", ".join(f"{k} {v}" for k, v in found.execution.items()))
+        lines.append("execution " + ", ".join(f"{k} {_told(v)}" for k, v in found.execution.items()))
     if found.transforms:
         lines.append("transforms " + ", ".join(str(t.get("name", t)) for t in found.transforms))
     if found.lineage:
@@ -248,6 +251,11 @@ def _in_words(found: Description) -> list[str]:
         lines.append("pinned" + (f": {found.pinned}" if found.pinned else ""))
     lines += [f"kept for the run {folder}" for folder in found.runs]
     return lines
+
+
+def _told(value: object) -> str:
+    """What stands in an execution block: `crossover_tokens 16` of a mapping."""
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _file_in_words(file: object) -> str:

@@ -6,7 +6,7 @@ A new constant that stands for several nodes, as an optimizer folds them, is par
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.measure.fingerprint import GraphHash, function_hash
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def weights_changed(
-    before: Mapping[str, ir.Model], after: Mapping[str, ir.Model], matches: Mapping[str, Match], contents: Contents
-) -> bool:
+def weights_changed(before: ir.Model, after: ir.Model, match: Match, contents: Contents) -> bool:
     """Whether a node that both have reads other values, or a weight is kept in another data type.
 
     Where a direct neighbour of such a node is gone that read numbers of its own (a scale, a bias, the statistics of a
     normalization), these were folded into the node's weights, and its other values do not count.
     """
-    if _other_data_types(before.values(), after.values(), contents):
-        return True
-    pairs = ((before[name], after[name], match) for name, match in matches.items())
-    return any(_rewritten(*pair, contents) or _functions_rewritten(*pair[:2]) for pair in pairs)
+    return (
+        _other_data_types(before, after, contents)
+        or _rewritten(before, after, match, contents)
+        or _functions_rewritten(before, after)
+    )
 
 
 def _rewritten(before: ir.Model, after: ir.Model, match: Match, contents: Contents) -> bool:
@@ -70,17 +69,19 @@ def _reads_numbers(nodes: Nodes, number: int) -> bool:
     return False
 
 
-def _other_data_types(before: Iterable[ir.Model], after: Iterable[ir.Model], contents: Contents) -> bool:
+def _other_data_types(before: ir.Model, after: ir.Model, contents: Contents) -> bool:
     """Whether a weight that is gone and one that is new have the same sizes, in any order, and other data types."""
-    gone, new = (_lone(models, contents) for models in (before, after))
-    return any(gone[sizes] - new[sizes] and new[sizes] - gone[sizes] for sizes in gone.keys() & new.keys())
+    old, new = ({contents.of.get(w, w): t for w, t in weights_of([m]).items()} for m in (before, after))  # type: ignore[call-overload]
+    gone, came = _types_by_sizes(old, new.keys()), _types_by_sizes(new, old.keys())
+    return any(gone[sizes] - came[sizes] and came[sizes] - gone[sizes] for sizes in gone.keys() & came.keys())
 
 
-def _lone(models: Iterable[ir.Model], contents: Contents) -> Mapping[tuple[int, ...], Counter[str]]:
-    """Data types, by sizes, of the weights whose bytes the other artifact does not have."""
-    known: Collection[object] = contents.both
+def _types_by_sizes(
+    weights: Mapping[Hashable, ir.TensorProtocol], others: Collection[Hashable]
+) -> Mapping[tuple[int, ...], Counter[str]]:
+    """Data types, by sizes, of the weights whose bytes are not among the others'."""
     found: dict[tuple[int, ...], Counter[str]] = defaultdict(Counter)
-    for identity, tensor in weights_of(models).items():
-        if identity not in known:
+    for content, tensor in weights.items():
+        if content not in others:
             found[tuple(sorted(tensor.shape.numpy()))][tensor.dtype.name] += 1
     return found

@@ -227,7 +227,8 @@ def attention_sizes(
     if op_type == "GroupQueryAttention":
         past = _shape_of(inputs, 3)
         kv_heads = given["kv_num_heads"]
-        width = query[2] // heads if key is not None else query[2] // (heads + 2 * kv_heads)
+        packed = len(inputs) < 2 or inputs[1] is None  # query, key and value in one
+        width = query[2] // (heads + 2 * kv_heads) if packed else query[2] // heads
         return AttentionSizes(query[0], heads, kv_heads, query[1], query[1] + (past[2] if past else 0), width, width)
     if op_type == "MultiHeadAttention":
         past = _shape_of(inputs, 6)

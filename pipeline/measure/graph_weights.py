@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -28,35 +28,43 @@ PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
 """Between a constant weight and the product that takes it."""
 
 
-def newly_quantized(before: Collection[ir.Model], after: Collection[ir.Model]) -> tuple[int, int] | None:
-    """(products that are quantized in `after` as none was in `before`, those of `before` that could have been).
+def newly_quantized(pairs: Iterable[tuple[ir.Model, ir.Model]]) -> tuple[int, int] | None:
+    """(products that are quantized in the second of a pair as none was in the first, those that could have been).
 
-    These are the products by constant weights, and where quantized ones were quantized anew, those, too. None where
-    nothing was quantized.
+    These are the products by constant weights of the first of each pair, and where quantized ones were quantized anew,
+    those, too. None where nothing was quantized.
     """
-    old, new = _quantized(before), _quantized(after)
-    done = (new - old).total()
+    sides = list(pairs)
+    counts = [(_quantized(before), _quantized(after)) for before, after in sides]
+    done = sum((new - old).total() for old, new in counts)
     if done == 0:
         return None
-    anew = (old - new).total() > 0
-    return done, _count_where(before, _has_constant_weight) + (old.total() if anew else 0)
+    anew = any((old - new).total() > 0 for old, new in counts)
+    could = sum(_plain_products(before) for before, _ in sides)
+    return done, could + (sum(old.total() for old, _ in counts) if anew else 0)
 
 
-def _quantized(models: Collection[ir.Model]) -> Counter[tuple[object, ...]]:
+def restored(before: ir.Model, after: ir.Model) -> bool:
+    """Whether quantized products of `before` are products by plain weights in `after`."""
+    fewer = (_quantized(before) - _quantized(after)).total() > 0
+    return fewer and _plain_products(after) > _plain_products(before)
+
+
+def _plain_products(model: ir.Model) -> int:
+    """Products by constant weights that are not quantized."""
+    return sum(1 for node in nodes_in(model) if _has_constant_weight(node))
+
+
+def _quantized(model: ir.Model) -> Counter[tuple[object, ...]]:
     """Quantized products by how they are: operator, data type of the weights, bits, block size."""
     found: Counter[tuple[object, ...]] = Counter()
-    for model in models:
-        for node in nodes_in(model):
-            if _is_quantized(node):
-                weights = [_origin(value).const_value for value in node.inputs[:2] if value is not None]
-                types = [tensor.dtype.name for tensor in weights if tensor is not None]
-                sizes = (node.attributes.get_int("bits", 0), node.attributes.get_int("block_size", 0))
-                found[node.domain, node.op_type, *types, *sizes] += 1
+    for node in nodes_in(model):
+        if _is_quantized(node):
+            weights = [_origin(value).const_value for value in node.inputs[:2] if value is not None]
+            types = [tensor.dtype.name for tensor in weights if tensor is not None]
+            sizes = (node.attributes.get_int("bits", 0), node.attributes.get_int("block_size", 0))
+            found[node.domain, node.op_type, *types, *sizes] += 1
     return found
-
-
-def _count_where(models: Collection[ir.Model], test: Callable[[ir.Node], bool]) -> int:
-    return sum(1 for model in models for node in nodes_in(model) if test(node))
 
 
 def _is_quantized(node: ir.Node) -> bool:

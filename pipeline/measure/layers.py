@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,14 @@ from pipeline.artifact import Artifact, Frozen
 from pipeline.errors import PipelineError, StageError
 from pipeline.measure.process import StageToMeasure, StartWorker, Worker, WorkerProcess
 from pipeline.runtime import ExecutionSpec
+from pipeline.runtime.component_alone import component_alone
 from pipeline.runtime.layer_outputs import EMBEDDING, HEAD, LayerOutputs, Place, open_layers
+from pipeline.runtime.phases import phases_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-LAYERS_VERSION = 2
+LAYERS_VERSION = 3
 """Enters the key of cached results: raised when the same two artifacts would compare otherwise."""
 
 PASSAGE_TOKENS = 64
@@ -67,6 +69,10 @@ class LayerDivergence(Frozen):
     """A stage against its reference, in the order of the model."""
 
     reference: str
+    component: str | None = Field(None, description="which of the stage's it is; None: it has one")
+    reference_component: str | None = Field(
+        None, description="the reference's that it is compared with; None: the only"
+    )
     tokens: int
     matched: tuple[int, int] = Field(description="layers that could be compared, of the reference's")
     layers: tuple[LayerDifference, ...]
@@ -101,17 +107,25 @@ def measure_layers(
     """Compare stages with their references, given as (stage, reference), on the tokens `ids`.
 
     Passages are as long as both of a pair take, whatever others take, so that what is found of it depends on the two
-    alone. Every reference runs once for all stages that have it and the same passages. A stage that cannot be compared
-    has a reason.
+    alone. Every reference runs once for all stages that have it and the same passages. Of a stage with several
+    components each is compared by itself, and the one whose logits are farthest away is told. A stage that cannot be
+    compared has a reason.
     """
     import numpy as np
 
-    found: dict[str, LayerDivergence] = {}
+    found: dict[str, list[LayerDivergence]] = {}
     reasons: dict[str, str] = {}
-    references: dict[tuple[str, int], tuple[StageToMeasure, list[StageToMeasure]]] = {}
+    references: dict[tuple[str, str | None, int], tuple[StageToMeasure, list[_Compared]]] = {}
     for stage, reference in pairs:
         length = min(passage_length([stage.artifact, reference.artifact]), len(ids))
-        references.setdefault((reference.name, length), (reference, []))[1].append(stage)
+        try:
+            compared = _components_of(stage, reference, length)
+        except PipelineError as error:
+            reasons[stage.name] = str(error)
+            continue
+        for one in compared:
+            key = reference.name, one.reference_component, length
+            references.setdefault(key, (one.reference, []))[1].append(one)
 
     def ask(stage: StageToMeasure, work: LayersWork) -> dict[str, Any]:
         on_progress(f"layers of {stage.name}")
@@ -122,7 +136,7 @@ def measure_layers(
         finally:
             worker.close()
 
-    for (name, length), (reference, own) in references.items():
+    for (name, _, length), (reference, own) in references.items():
         passages = min(PASSAGES, len(ids) // length)
         with tempfile.TemporaryDirectory(prefix="layers-") as folder:
             tokens = Path(folder) / "tokens.npy"
@@ -131,16 +145,59 @@ def measure_layers(
             try:
                 ask(reference, work)
             except StageError as error:
-                reasons |= {stage.name: f"the layers of its reference are not known: {error}" for stage in own}
+                reasons |= {one.stage.name: f"the layers of its reference are not known: {error}" for one in own}
                 continue
-            for stage in own:
+            for one in own:
                 try:
-                    answer = ask(stage, work.model_copy(update={"is_reference": False}))
+                    answer = ask(one.stage, work.model_copy(update={"is_reference": False}))
                 except StageError as error:
-                    reasons[stage.name] = str(error)
+                    reasons[one.stage.name] = str(error)
                     continue
-                found[stage.name] = LayerDivergence.model_validate({"reference": name, **answer})
-    return LayersMeasurement(stages=found, reasons=reasons)
+                which = {"component": one.component, "reference_component": one.reference_component}
+                divergence = LayerDivergence.model_validate({"reference": name, **which, **answer})
+                found.setdefault(one.stage.name, []).append(divergence)
+    return LayersMeasurement(
+        stages={name: max(several, key=_distance) for name, several in found.items()},
+        reasons={name: reason for name, reason in reasons.items() if name not in found},
+    )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A component of a stage against one of its reference, each as an artifact of its own; None: it has one alone."""
+
+    stage: StageToMeasure
+    component: str | None
+    reference: StageToMeasure
+    reference_component: str | None
+
+
+def _components_of(stage: StageToMeasure, reference: StageToMeasure, length: int) -> list[_Compared]:
+    """What is compared: each component of the stage with the reference's of that name, else with its for a prompt.
+
+    Raises: PipelineError where the reference has several components and none of them is known to run a prompt.
+    """
+    ours, theirs = (list(one.artifact.manifest.components) for one in (stage, reference))
+    found = []
+    for name in ours:
+        own = name if len(ours) > 1 else None
+        other = None
+        if len(theirs) > 1:
+            phases = phases_of(reference.artifact)
+            if name not in theirs and phases is None:
+                raise PipelineError(f"which component of {reference.name} runs a prompt is not known")
+            other = name if name in theirs or phases is None else phases.component_for(length)
+        found.append(_Compared(_alone(stage, own), own, _alone(reference, other), other))
+    return found
+
+
+def _alone(stage: StageToMeasure, component: str | None) -> StageToMeasure:
+    return stage if component is None else replace(stage, artifact=component_alone(stage.artifact, component))
+
+
+def _distance(found: LayerDivergence) -> float:
+    """How far the last place, the logits where they were seen, is from the reference's."""
+    return _size(found.layers[-1].relative_error) if found.layers else 0.0
 
 
 def passage_length(artifacts: Sequence[Artifact]) -> int:

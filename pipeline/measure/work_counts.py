@@ -18,8 +18,10 @@ from pydantic import Field
 from pipeline.artifact import Artifact, Frozen
 from pipeline.measure.workload import Point
 from pipeline.memory_estimate import EMBEDDINGS, HEADS, PLAIN_DTYPES, Decoder, decoder_of
+from pipeline.runtime.component_alone import component_alone
+from pipeline.runtime.phases import phases_of
 
-WORK_VERSION = 1
+WORK_VERSION = 2
 """Enters the key of cached counts: raised when the same artifact would be counted otherwise."""
 
 OTHER_KINDS = (
@@ -83,8 +85,12 @@ class Work(Frozen):
 def count_work(artifact: Artifact, extent: Extent, *, device: str = "cpu") -> Work | None:
     """What one iteration of that extent asks of a machine; None where that is not known of such an artifact.
 
-    Raises: PipelineError where a graph cannot be read.
+    Of an artifact with a component for prompts and one for single tokens it is the work of the one that would run.
+
+    Raises: PipelineError where a graph cannot be read, or nothing says which of two components runs.
     """
+    if phases := phases_of(artifact):
+        artifact = component_alone(artifact, phases.component_for(extent.tokens))
     if len(artifact.manifest.components) != 1:
         return None
     if artifact.format == "onnx":

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline.artifact import canonical_json
+from pipeline.report.effects import components_in_words, is_put_together
 from pipeline.report.figures import MARGIN, floor_share
 from pipeline.report.schema import Cell, Effect, Interval, Kind, Part, PointKey, Ratio, Report, Speed, StageReport
 from pipeline.report.verdicts import is_contradicted, over_parent
@@ -179,7 +180,10 @@ def changed_in_words(effect: Effect | None) -> str | None:
         return "nothing" if after is None else f"0 of {after:,} nodes"
     rules = effect.rules if len(effect.rules) == 1 else {r: counts for r, counts in effect.rules.items() if counts[0]}
     told = [f"{rule}: {done:,} of {of:,}" for rule, (done, of) in rules.items()]
-    if effect.weights_quantized is not None:
+    if is_put_together(effect):
+        told.append(components_in_words(effect))
+        before = None  # the parent's are in each of them
+    elif effect.weights_quantized is not None:
         done, of = effect.weights_quantized
         told.append(f"{done:,} of {of:,} weights quantized")
     if after is not None:

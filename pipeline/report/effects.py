@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.report.figures import megabytes
-from pipeline.report.schema import Effect, Report, StageReport
+from pipeline.report.schema import ComponentEffect, Effect, Report, StageReport
 from pipeline.report.verdicts import is_idle
 
 FEW_RULES = 3
@@ -27,7 +27,9 @@ def change(stage: StageReport, report: Report) -> str:
         return _nothing(effect) + _stored_otherwise(stage, report)
     nodes = _nodes(effect)
     aside = f" ({nodes})" if nodes else ""
-    if effect.kind == "conversion":
+    if is_put_together(effect):
+        words = f"consists of {' and '.join(components_in_words(effect).rsplit(', ', 1))}{aside}"
+    elif effect.kind == "conversion":
         words = f"converted the model to {stage.artifact.format if stage.artifact else 'another format'}{aside}"
     elif effect.kind == "execution":
         words = "changed how the model is executed, and nothing in it"
@@ -66,7 +68,9 @@ def effect_in_words(stage: StageReport) -> str:
     if is_idle(stage):
         return _nothing(effect)
     words: list[str] = [effect.kind]
-    if effect.weights_quantized is not None:
+    if is_put_together(effect):
+        words.append(components_in_words(effect))
+    elif effect.weights_quantized is not None:
         done, of = effect.weights_quantized
         words.append(f"{done:,} of {of:,} weights quantized")
     if nodes := _nodes(effect):
@@ -74,6 +78,18 @@ def effect_in_words(stage: StageReport) -> str:
     if inserted := _casts(effect):
         words.append(inserted)
     return ", ".join(words)
+
+
+def is_put_together(effect: Effect) -> bool:
+    """Whether the stage has several components and its parent does not have them all."""
+    own = [part for part in effect.components if not part.is_gone]
+    return len(own) > 1 and any(part.is_new for part in own)
+
+
+def components_in_words(effect: Effect) -> str:
+    """The stage's components, each with the stage that it is the same as: `prefill as int8, decode as int4`."""
+    own = [part for part in effect.components if not part.is_gone]
+    return ", ".join(part.name + (f" as {part.same_as}" if part.same_as else "") for part in own)
 
 
 def contradiction(stage: StageReport) -> str:
@@ -102,6 +118,7 @@ def effect_facts(stage: StageReport) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     if nodes := _nodes(effect).removesuffix(" nodes"):
         facts.append(("nodes", nodes))
+    facts += [(f"component {part.name}", component_facts(part, str(stage.parent))) for part in effect.components]
     if effect.weights_quantized is not None:
         facts.append(("weights quantized", "{:,} of {:,}".format(*effect.weights_quantized)))
     if effect.weights_changed is not None:
@@ -119,6 +136,29 @@ def effect_facts(stage: StageReport) -> list[tuple[str, str]]:
     facts += [(f"weights in {name}", _before_after(pair)) for name, pair in effect.data_types.items()]
     facts += [(f"slow: {s.count:,} {s.operator}", s.reason) for s in effect.slow_nodes]
     return facts
+
+
+KIND_OF_COMPONENT = {
+    "none": "graph and weights of {}",
+    "graph": "another graph than {}",
+    "weights": "other weights than {}",
+}
+
+
+def component_facts(part: ComponentEffect, other: str) -> str:
+    """What a component is, and how it differs from the `other` stage: `206 nodes, other weights than int8`."""
+    before, after = part.nodes
+    own = before if part.is_gone else after
+    told = [f"{own:,} nodes"] if own is not None else []
+    if before is not None and after is not None and before != after and not part.is_gone:
+        told = [f"{before:,} → {after:,} nodes"]
+    if part.same_as:
+        told.append(KIND_OF_COMPONENT["none"].format(part.same_as))
+    if part.kind is not None and not (part.kind == "none" and part.same_as):
+        told.append(KIND_OF_COMPONENT[part.kind].format(other))
+    elif part.kind is None:
+        told += ["gone"] if part.is_gone else []
+    return ", ".join(told)
 
 
 def changed_counts(stage: StageReport) -> list[tuple[str, Mapping[str, tuple[int, int]]]]:
@@ -157,11 +197,15 @@ def _nodes(effect: Effect) -> str:
     before, after = effect.nodes or (None, None)
     if after is None:
         return ""
+    if is_put_together(effect):  # the parent's are in each of them
+        before = None
     return f"{after:,} nodes" if before in {None, after} else f"{before:,} → {after:,} nodes"
 
 
 def _casts(effect: Effect) -> str:
     """Only what was inserted is told: a Cast more is what slows a graph down unnoticed."""
+    if is_put_together(effect):
+        return ""
     before, after = effect.casts or (0, 0)
     return f"{after - before:,} Cast{'' if after - before == 1 else 's'} inserted" if after > before else ""
 

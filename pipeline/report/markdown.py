@@ -308,7 +308,9 @@ def _details(stage: StageReport) -> Iterator[str]:
 
 def _divergence(found: Divergence) -> Iterator[str]:
     matched = f", {found.matched[0]} of {found.matched[1]} layers matched" if found.matched else ""
-    yield f"\nLayers against {code(found.reference)} on {found.tokens:,} tokens{matched}:\n"
+    part = f" of {code(found.component)}" if found.component else ""
+    against = code(words_of.reference_in_words(found))
+    yield f"\nLayers{part} against {against} on {found.tokens:,} tokens{matched}:\n"
     rows = []
     for layer in found.layers:
         error = "not finite" if layer.relative_error is None else figures.number(layer.relative_error, ".2g")

@@ -183,6 +183,25 @@ class Region(Part):
     left_out: int = Field(0, description="nodes of the place that are not shown, for there are too many")
 
 
+GraphChange = Literal["none", "graph", "weights"]
+
+
+class ComponentEffect(Part):
+    """One of several components, against the parent's of the same name; against the only one where there is just one.
+
+    Where the parent has several and the stage a single one, the parent's are listed, each against that.
+    """
+
+    name: str
+    is_new: bool = Field(False, description="the parent has no component of that name")
+    is_gone: bool = Field(False, description="the stage has no component of that name")
+    kind: GraphChange | None = Field(None, description="what differs; null: there is nothing to compare it with")
+    nodes: tuple[int | None, int | None] = Field(description="before, after; null: no such component")
+    same_as: str | None = Field(
+        None, description="the stage that it has graph and weights of, among those that this one was made from"
+    )
+
+
 class Effect(Part):
     """What the stage really changed, found by comparing its artifact with its parent's."""
 
@@ -204,6 +223,7 @@ class Effect(Part):
     )
     parameters: tuple[int, int] | None = Field(None, description="numbers in weights of more than 256: before, after")
     region: Region | None = Field(None, description="the changed nodes of one layer; null: no graph, or none changed")
+    components: tuple[ComponentEffect, ...] = Field((), description="where the stage or its parent has several")
     contradiction: str | None = Field(None, description="where the pass tells of more than was found, or of less")
 
 
@@ -255,6 +275,10 @@ class Divergence(Part):
     """Where a stage's values leave the baseline's, layer by layer, for stages whose tensors can be matched."""
 
     reference: str = Field(description="the stage that it was compared with")
+    component: str | None = Field(None, description="of several, the one farthest from the reference; null: the only")
+    reference_component: str | None = Field(
+        None, description="the reference's that it was compared with; null: the only"
+    )
     tokens: int
     matched: tuple[int, int] | None = Field(None, description="layers that could be compared, of the reference's")
     layers: tuple[LayerError, ...]

@@ -136,8 +136,10 @@ def layer_chart(found: Divergence) -> LayerChart:
     """Relative error by layer; what is not finite fills its row."""
     largest = max((e.relative_error for e in found.layers if e.relative_error is not None), default=0.0) or 1.0
     matched = f", {found.matched[0]} of {found.matched[1]} layers matched" if found.matched else ""
+    part = f" of {found.component}" if found.component else ""
+    against = words.reference_in_words(found)
     return LayerChart(
-        title=f"Relative error by layer against {found.reference}, on {found.tokens:,} tokens{matched}",
+        title=f"Relative error by layer{part} against {against}, on {found.tokens:,} tokens{matched}",
         bars=tuple(
             LayerBar(
                 name=layer.layer,

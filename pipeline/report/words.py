@@ -98,7 +98,8 @@ def divergence_in_words(divergence: Divergence) -> str:
         return ""
     at = layers.get(first)
     error = f" ({_relative_error(at.relative_error)})" if at is not None else ""
-    start = f"its values leave {divergence.reference}'s first at {first}{error}"
+    owner = "its values" if divergence.component is None else f"the values of its {divergence.component}"
+    start = f"{owner} leave {reference_in_words(divergence)}'s first at {first}{error}"
     if most is None:
         return start
     finite = all(layer.relative_error is not None for layer in divergence.layers)
@@ -111,6 +112,12 @@ def divergence_in_words(divergence: Divergence) -> str:
     if most in layers and finite:
         return f"{start}, and the error grows most at {most} (to {layers[most].relative_error:.2g})"
     return f"{start}, and {most} adds most" + (" (not finite)" if most in layers else "")
+
+
+def reference_in_words(divergence: Divergence) -> str:
+    """The stage, and its component where it has several: `both/prefill`."""
+    part = divergence.reference_component
+    return divergence.reference if part is None else f"{divergence.reference}/{part}"
 
 
 def _relative_error(error: float | None) -> str:

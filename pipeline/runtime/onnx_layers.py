@@ -21,6 +21,7 @@ from pipeline.artifact import ONNX_FILE, Artifact, FileEntry, Interface
 from pipeline.errors import PipelineError
 from pipeline.runtime.layer_outputs import EMBEDDING, HEAD, Place, Stream, Take
 from pipeline.runtime.onnxruntime import OnnxRuntimeRunner
+from pipeline.runtime.phases import phases_of
 from pipeline.runtime.protocol import ExecutionSpec
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 SUMS = {"Add": 0, "Sum": 0, "Gemm": 0, "SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3}
 """Operators that can join a block to the stream, and which of their outputs is the sum."""
 
-PASSED_THROUGH = frozenset({"Cast", "Identity", "Reshape"})
-"""Between the stream and the sum that takes it."""
+PASSED_THROUGH = frozenset({"Cast", "Identity", "Reshape", "Slice", "Gather"})
+"""Between the stream and the sum that takes it: a graph may go on with its last positions alone."""
 
 SIZES_ONLY = frozenset({"Shape", "Size"})
 """What depends on these alone does not depend on the values."""
@@ -55,12 +56,16 @@ class Joint:
 class OnnxLayers:
     """A session whose graph also gives out what lies between its layers, or takes it in.
 
-    Raises: PipelineError where the graph has no residual stream, or does not load.
+    Raises: PipelineError where the graph has no residual stream, does not load, or is one of two.
     """
 
     def __init__(self, artifact: Artifact, spec: ExecutionSpec, *, fed: bool = False) -> None:
         import onnx
 
+        if phases_of(artifact) is not None:
+            raise PipelineError(
+                "it has a graph for prompts and another for single tokens; look at the stages that they come from"
+            )
         entry = artifact.component.files.get(ONNX_FILE)
         if entry is None:
             raise PipelineError(f"the artifact has no {ONNX_FILE}")
@@ -210,7 +215,7 @@ def find_joints(graph: Any, interface: Interface) -> list[Joint]:
         before = {home[value] for value in given if value in home}
         if before:
             dominator[place] = _common_dominator(before, dominator)
-        for value in node.output:
+        for value in filter(None, node.output):  # one that is left out has no name
             if levels:
                 level[value] = max(levels)
             if before:

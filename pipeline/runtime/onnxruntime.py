@@ -1,24 +1,30 @@
 """Runs an ONNX graph of a causal language model with ONNX Runtime.
 
-Weights are mapped where they lie: ONNX Runtime is given the graph with their files' paths. A graph that was compiled
-(its component has `compiled.json`) runs as it stands, with packed weights mapped as well, on the CPU that it was
-compiled for; on another, ONNX Runtime packs the plain weights that the graph has, too.
+A graph whose cache may be extended where it lies (`CacheLayout.in_place`) appends to buffers that are past and present
+at once. A model of two phases (`pipeline.runtime.phases`) has a graph for prompts and another for single tokens, in a
+session each over the same cache.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline.artifact import ONNX_FILE, Artifact, numpy_dtype
-from pipeline.errors import HostError, PipelineError
-from pipeline.hardware.host import describe_host
-from pipeline.onnx_wire import check_external_tensors
+from pipeline.artifact import Artifact, Component
+from pipeline.errors import PipelineError
+from pipeline.runtime.kv_cache import CacheBuffers, empty_past
+from pipeline.runtime.onnx_session import COMPILED_FILE as COMPILED_FILE  # noqa: PLC0414 - a public name of this module
+from pipeline.runtime.onnx_session import (
+    CUDA,
+    OnnxSession,
+    installed_version,
+    open_session,
+    ort_value,
+    provider_of,
+    require_provider,
+)
+from pipeline.runtime.phases import PREFILL, phases_of
 from pipeline.runtime.protocol import ExecutionSpec
 from pipeline.runtime.sequence import NO_CACHE, NO_CACHE_HINT, Sequence, as_tokens
 
@@ -28,49 +34,29 @@ if TYPE_CHECKING:
 
     from pipeline.runtime.layer_outputs import LayerOutputs
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-
-COMPILED_FILE = "compiled.json"
-"""What a compiled graph was compiled for, and its packed weights by name: see passes/compile/compile_onnxruntime.py."""
-
-logger = logging.getLogger("pipeline.runtime")
-
-
-def _installed() -> str:
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"
-
 
 class OnnxRuntimeRunner:
-    """One session over mapped weights; what a step presents is the next step's past, never copied by us.
+    """One session over mapped weights, or one for prompts and another for single tokens, and one key-value cache.
 
-    A graph without a cache is run whole: `forward` and `score` do, `prefill` and `decode` refuse. The interface names
-    the tensors by role: inputs `tokens` and, where the graph has them, `mask` [B, past + S] and `positions` [B, S];
-    `past.k[i]` and `past.v[i]` [B, kv_heads, T, head_dim]; outputs `logits` [B, S, V], `present.k[i]` and
-    `present.v[i]`. All integers are int64 unless the graph says int32.
+    What a step presents is the next step's past, never copied by us; where the graph extends its cache in place, the
+    buffers are copied only when they get too small. A graph without a cache is run whole: `forward` and `score` do,
+    `prefill` and `decode` refuse. The interface names the tensors by role: inputs `tokens` and, where the graph has
+    them, `mask` [B, past + S] and `positions` [B, S]; `past.k[i]` and `past.v[i]` [B, kv_heads, T, head_dim]; outputs
+    `logits` [B, S, V], `present.k[i]` and `present.v[i]`. All integers are int64 unless the graph says int32.
 
-    Raises: PipelineError where the graph does not load or its interface is incomplete; HostError where the execution
+    Of a model of two phases, the number of new tokens (sequences times tokens of each) decides which graph runs.
+
+    Raises: PipelineError where a graph does not load or its interface is incomplete; HostError where the execution
     provider is not there.
     """
 
-    version: ClassVar[str] = f"2 onnxruntime {_installed()}"
+    version: ClassVar[str] = f"3 onnxruntime {installed_version()}"
 
     def __init__(self, artifact: Artifact, spec: ExecutionSpec) -> None:
         # importing ONNX Runtime starts a thread that sends usage data, unless this is set or it is imported already
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        import onnxruntime as ort
-
-        provider = _provider(spec)
-        available = ort.get_available_providers()
-        if provider not in available:
-            raise HostError(
-                f"the stage asks for {provider}; this ONNX Runtime has {', '.join(available)}",
-                hint="install the ONNX Runtime package that has it, or choose another profile",
-            )
+        provider = provider_of(spec)
+        require_provider(provider)
         interface = artifact.interface
         if "tokens" not in interface.inputs or "logits" not in interface.outputs:
             raise PipelineError("the graph's interface names no input `tokens` or no output `logits`")
@@ -78,10 +64,11 @@ class OnnxRuntimeRunner:
         if interface.max_length is None or (cached and interface.cache is None):
             raise PipelineError("the graph's interface has no cache layout or no max_length")
         self._inputs = interface.inputs
-        self._logits = interface.outputs["logits"]
         self._layout = interface.cache
         self._logits_to_keep = interface.logits_to_keep
         self.has_cache = interface.cache is not None
+        self.max_length = interface.max_length
+        self._device = "cuda" if provider == CUDA else "cpu"
         layers = range(interface.cache.layers if interface.cache else 0)
         try:
             self._pasts = [interface.inputs[f"past.{part}[{i}]"] for i in layers for part in "kv"]
@@ -89,16 +76,16 @@ class OnnxRuntimeRunner:
         except KeyError as missing:
             raise PipelineError(f"the graph's interface has no tensor for the role {missing}") from None
 
-        self._session = _open_session(artifact, spec, provider)
-        self._types = {node.name: (node.type, node.shape) for node in self._session.get_inputs()}
-        unknown = set(self._types) - set(self._inputs.values()) - {self._logits_to_keep}
-        if unknown:
-            raise PipelineError(f"the interface gives no role to the graph's inputs {', '.join(sorted(unknown))}")
-        self._device = "cuda" if provider == CUDA else "cpu"
-        self.max_length = interface.max_length
-        self.vocab_size = interface.vocab_size or self._vocabulary()
+        self._phases = phases_of(artifact)
+        parts = artifact.manifest.components if self._phases else {PREFILL: artifact.component}
+        self._sessions = {name: self._open(artifact, part, spec, provider) for name, part in parts.items()}
+        self.vocab_size = interface.vocab_size or self._sessions[PREFILL].vocabulary
         self._sequence = Sequence(self.max_length)
-        self._past: list[Any] = []
+        self._keeps: dict[tuple[OnnxSession, int], Any] = {}
+        self._past: list[Any] = []  # what the last step presented, where the cache is not extended in place
+        self._buffers: CacheBuffers | None = None
+        if interface.cache is not None and interface.cache.in_place:
+            self._buffers = CacheBuffers(interface.cache, self.max_length, self._device)
 
     @staticmethod
     def import_libraries(artifact: Artifact) -> None:
@@ -126,11 +113,15 @@ class OnnxRuntimeRunner:
         `given` are inputs of the graph that the interface does not name.
         """
         ids = as_tokens(tokens)
-        _, length = self._sequence.check_prompt(ids)
+        batch, length = self._sequence.check_prompt(ids)
         self.reset()
-        feeds = self._feeds(ids, keep=length) | {name: _ort_value(array) for name, array in (given or {}).items()}
+        session = self._session_for(batch * length)
+        feeds = self._feeds(session, ids, keep=length) | {
+            name: ort_value(array) for name, array in (given or {}).items()
+        }
+        feeds |= zip(self._pasts, self._empty_past(batch), strict=True)
         try:
-            found = self._session.run_with_ort_values(list(names), feeds)
+            found = session.values(list(names), feeds)
         except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
             raise PipelineError(f"ONNX Runtime failed on tokens {list(ids.shape)}: {error}") from error
         return [_positions(value, slice(None)) for value in found]
@@ -140,7 +131,8 @@ class OnnxRuntimeRunner:
         ids = as_tokens(tokens)
         _, length = self._sequence.check_prompt(ids)
         self.reset()
-        return _positions(self._run(ids, keep=length, cached=False), slice(-1, None))[:, -1]
+        logits = self._run(self._session_for(ids.size), ids, keep=length, cached=False)
+        return _positions(logits, slice(-1, None))[:, -1]
 
     def prefill(self, tokens: ArrayLike) -> np.ndarray:
         """Empty the cache, process a prompt [B, S], and return the last position's logits [B, V].
@@ -151,7 +143,7 @@ class OnnxRuntimeRunner:
         ids = as_tokens(tokens)
         batch, length = self._sequence.check_prompt(ids)
         self.reset()
-        logits = self._run(ids, keep=1)
+        logits = self._run(self._session_for(ids.size), ids, keep=1)
         self._sequence.extend(batch, length)
         return _positions(logits, slice(-1, None))[:, -1]
 
@@ -163,7 +155,7 @@ class OnnxRuntimeRunner:
         self._require_cache()
         ids = as_tokens(tokens)
         batch = self._sequence.check_step(ids)
-        logits = self._run(ids, keep=1)
+        logits = self._run(self._session_for(ids.size), ids, keep=1)
         self._sequence.extend(batch, 1)
         return _positions(logits, slice(-1, None))[:, -1]
 
@@ -172,22 +164,28 @@ class OnnxRuntimeRunner:
 
         With B > 1 the positions run at once: GroupQueryAttention refuses several sequences of several tokens each
         after a past. Without a cache they do, too, and their logits are converted chunk by chunk.
+
+        A model of two phases is scored as one sequence would use it, whatever the batch: the first half of the
+        positions as a prompt, the others token by token.
         """
+        import numpy as np
+
         ids = as_tokens(tokens)
         batch, length = self._sequence.check_prompt(ids)
         self.reset()
         step = self._sequence.chunk_length(batch, self.vocab_size)
         if not self.has_cache:
-            logits = self._run(ids, keep=length)
+            logits = self._run(self._session_for(ids.size), ids, keep=length)
             for begin in range(0, length, step):
                 yield _positions(logits, slice(begin, begin + step))
             return
-        step = step if batch == 1 else length
-        for begin in range(0, length, step):
-            part = ids[:, begin : begin + step]
-            logits = self._run(part, keep=part.shape[1])
-            self._sequence.extend(batch, part.shape[1])
-            yield _positions(logits, slice(-part.shape[1], None))
+        prompt = length if self._phases is None else max(1, length // 2)
+        self._make_room(batch, length)
+        whole, single = self._session_for(prompt), self._session_for(1)
+        for part in _parts(ids[:, :prompt], step if batch == 1 else prompt):
+            yield self._scored(whole, part)
+        for part in _parts(ids[:, prompt:], step):
+            yield np.concatenate([self._scored(single, token) for token in _parts(part, 1)], axis=1)
         self.reset()
 
     def reset(self) -> None:
@@ -195,180 +193,97 @@ class OnnxRuntimeRunner:
         self._past = []
         self._sequence.reset()
 
+    def _open(self, artifact: Artifact, component: Component, spec: ExecutionSpec, provider: str) -> OnnxSession:
+        session = OnnxSession(
+            open_session(artifact, component, spec, provider),
+            logits=artifact.interface.outputs["logits"],
+            pasts=self._pasts,
+            presents=self._presents,
+            device=self._device,
+        )
+        unknown = set(session.types) - set(self._inputs.values()) - {self._logits_to_keep}
+        if unknown:
+            raise PipelineError(f"the interface gives no role to the graph's inputs {', '.join(sorted(unknown))}")
+        return session
+
+    def _session_for(self, new_tokens: int) -> OnnxSession:
+        return self._sessions[PREFILL if self._phases is None else self._phases.component_for(new_tokens)]
+
     def _require_cache(self) -> None:
         if not self.has_cache:
             raise PipelineError(NO_CACHE, hint=NO_CACHE_HINT)
 
-    def _run(self, tokens: np.ndarray, *, keep: int, cached: bool = True) -> Any:
+    def _scored(self, session: OnnxSession, tokens: np.ndarray) -> np.ndarray:
+        """The logits [B, S, V] of all these tokens, which the cache keeps."""
+        batch, length = tokens.shape
+        logits = self._run(session, tokens, keep=length)
+        self._sequence.extend(batch, length)
+        return _positions(logits, slice(-length, None))
+
+    def _run(self, session: OnnxSession, tokens: np.ndarray, *, keep: int, cached: bool = True) -> Any:
         """An OrtValue: the logits of these tokens after what the cache holds, at least of the last `keep`.
 
-        What the tokens add to the cache is kept if `cached`.
+        What the tokens add to the cache is kept if `cached`. The logits have to be copied before the next run.
         """
-        values = self._feeds(tokens, keep=keep)
-        binding = self._session.io_binding()
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output(self._logits, "cpu")
-        for name in self._presents if cached else ():
-            binding.bind_output(name, self._device)
+        (batch, length), past = tokens.shape, self._sequence.length
+        inputs = self._feeds(session, tokens, keep=keep)
         try:
-            self._session.run_with_iobinding(binding)
+            if self._buffers is not None and cached:
+                self._make_room(batch, past + length)
+                return session.run_in_place(inputs, self._buffers.values, (batch, length, keep))
+            given = (self._past if cached else []) or self._empty_past(batch)
+            logits, presents = session.run(inputs, given, keeps=cached)
         except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
-            shape, past = list(tokens.shape), self._sequence.length
             self.reset()
-            raise PipelineError(f"ONNX Runtime failed on tokens {shape} after {past}: {error}") from error
-        logits, *self._past = binding.get_outputs()  # in the order of binding
+            self._unbind()
+            raise PipelineError(f"ONNX Runtime failed on tokens {[batch, length]} after {past}: {error}") from error
+        self._past = presents
         return logits
 
-    def _feeds(self, tokens: np.ndarray, *, keep: int) -> dict[str, Any]:
-        """OrtValues of the graph's inputs for these tokens after what the cache holds."""
+    def _make_room(self, batch: int, total: int) -> None:
+        """See that the buffers of a cache that is extended in place hold so many positions."""
+        if self._buffers is None or self._buffers.has_room(batch, total):
+            return
+        self._unbind()  # no session may keep the buffers of before
+        self._buffers.make_room(batch, filled=self._sequence.length, total=total)
+
+    def _unbind(self) -> None:
+        for session in self._sessions.values():
+            session.unbind()
+
+    def _feeds(self, session: OnnxSession, tokens: np.ndarray, *, keep: int) -> dict[str, Any]:
+        """OrtValues of the graph's inputs but its past, for these tokens after what the cache holds."""
         import numpy as np
 
         batch, length = tokens.shape
         past = self._sequence.length
         given = {self._inputs["tokens"]: tokens}
         if (mask := self._inputs.get("mask")) is not None:
-            given[mask] = np.ones((batch, past + length))
+            given[mask] = np.ones((batch, past + length), np.int64)
         if (positions := self._inputs.get("positions")) is not None:
             given[positions] = np.broadcast_to(np.arange(past, past + length), (batch, length))
+        values = {name: ort_value(session.integers(name, array)) for name, array in given.items()}
         if self._logits_to_keep is not None:
-            given[self._logits_to_keep] = np.full([1] * len(self._types[self._logits_to_keep][1]), keep)
-        values = {name: _ort_value(self._integers(name, array)) for name, array in given.items()}
-        if self._pasts:
-            values |= zip(self._pasts, self._past or self._empty_past(batch), strict=True)
+            values[self._logits_to_keep] = self._kept(session, self._logits_to_keep, keep)
         return values
 
-    def _integers(self, name: str, values: np.ndarray) -> np.ndarray:
-        """`values` in the integer type that the graph's input has."""
+    def _kept(self, session: OnnxSession, name: str, keep: int) -> Any:
+        """The same OrtValue for the same number, so that it need not be bound anew."""
         import numpy as np
 
-        return np.ascontiguousarray(values, dtype=np.int32 if self._types[name][0] == "tensor(int32)" else np.int64)
+        key = session, keep
+        if key not in self._keeps:
+            self._keeps[key] = ort_value(session.integers(name, np.full([1] * len(session.types[name][1]), keep)))
+        return self._keeps[key]
 
     def _empty_past(self, batch: int) -> list[Any]:
-        import numpy as np
-
-        layout = self._layout
-        assert layout is not None
-        empty = _ort_value(np.empty((batch, layout.kv_heads, 0, layout.head_dim), numpy_dtype(layout.dtype)))
-        return [empty] * len(self._pasts)
-
-    def _vocabulary(self) -> int:
-        shape = next(node.shape for node in self._session.get_outputs() if node.name == self._logits)
-        if not isinstance(shape[-1], int):
-            raise PipelineError("neither the graph nor its interface says how large the vocabulary is")
-        return shape[-1]
+        return [] if self._layout is None else empty_past(self._layout, batch)
 
 
-def _provider(spec: ExecutionSpec) -> str:
-    """The execution provider: the one asked for, or for a CUDA device, CUDA's."""
-    return CUDA if spec.device == "cuda" and spec.provider == CPU else spec.provider
-
-
-def _open_session(artifact: Artifact, spec: ExecutionSpec, provider: str) -> Any:
-    import onnxruntime as ort
-
-    if ONNX_FILE not in artifact.component.files:
-        raise PipelineError(f"the artifact has no {ONNX_FILE}")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = spec.threads
-    options.inter_op_num_threads = 1
-    # an idle session must not take cores from another that runs
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # files are mapped only if they lie below this folder: with the root, they may lie anywhere
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", Path.cwd().anchor)
-    for key, value in spec.options.items():
-        options.add_session_config_entry(key, str(value))
-    compiled = _compiled_for_this_host(artifact, provider)
-    if compiled is not None:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    graph = _graph_over_files(artifact, compiled or {})
-    providers = [provider] if provider == CPU else [provider, CPU]
-    try:
-        return ort.InferenceSession(graph, options, providers=providers)
-    except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
-        raise PipelineError(f"ONNX Runtime cannot load the graph: {error}") from error
-
-
-def _compiled_for_this_host(artifact: Artifact, provider: str) -> dict[str, Any] | None:
-    """The packed forms of weights, by weight and entry; None where the graph is not compiled, or not for this host.
-
-    Raises: HostError where the graph has operators that only the CPU that it was compiled for can run.
-    """
-    entry = artifact.component.files.get(COMPILED_FILE)
-    if entry is None:
-        return None
-    record = json.loads(artifact.locate(entry).read_text(encoding="utf-8"))
-    facets = describe_host().facets()
-    here = {
-        "cpu": facets["host.cpu"],
-        "instruction_sets": facets["host.instruction_sets"],
-        "onnxruntime": _installed(),
-    }
-    different = [f"{key} {record[key]} there, {value} here" for key, value in here.items() if record[key] != value]
-    if provider != CPU:
-        different.append(f"{CPU} there, {provider} here")
-    if not different:
-        weights: dict[str, Any] = record["weights"]
-        return weights
-    reason = "; ".join(different)
-    if record["layout"]:
-        raise HostError(
-            f"the graph was compiled for another host: {reason}",
-            hint="run the recipe here, so that it is compiled for this one",
-        )
-    logger.warning("the model was compiled for another host, and loads as if it were not compiled: %s", reason)
-    return None
-
-
-def _graph_over_files(artifact: Artifact, packed: dict[str, Any]) -> bytes:
-    """The graph, its external initializers named by the paths from the root of the files that hold them.
-
-    Raises: PipelineError where it is no graph, or keeps a tensor outside that the manifest does not know.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    component = artifact.component
-    try:
-        model = onnx.load(artifact.locate(component.files[ONNX_FILE]), load_external_data=False)
-    except DecodeError as error:
-        raise PipelineError(f"ONNX Runtime cannot load the graph: {ONNX_FILE} is damaged: {error}") from error
-    paths = {name: artifact.locate(entry).resolve() for name, entry in component.files.items()}
-    for initializer in model.graph.initializer:
-        if initializer.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        name = initializer.name
-        if name not in component.tensors:
-            raise PipelineError(f"{ONNX_FILE} keeps initializer {name!r} outside, and the manifest does not say where")
-        ref = component.tensors[name]
-        path = paths[ref.file]
-        entries = {
-            "location": str(path.relative_to(path.anchor)),
-            "offset": str(ref.offset),
-            "length": str(ref.length),
-        }
-        for entry, form in packed.get(name, {}).items():
-            parts = [component.tensors[part] for part in form["parts"]]
-            if all(part.file == ref.file for part in parts):  # ONNX Runtime takes them from the weight's own file
-                places = zip(parts, form["checksums"], strict=True)
-                entries[entry] = "|".join([form["key"], *(f"{p.offset};{p.length};{c}" for p, c in places)])
-        del initializer.external_data[:]
-        for key, value in entries.items():
-            initializer.external_data.add(key=key, value=value)
-    data: bytes = model.SerializeToString()
-    check_external_tensors(data, component.tensors)
-    return data
-
-
-def _ort_value(array: np.ndarray) -> Any:
-    """An OrtValue over the array's own memory."""
-    import onnxruntime as ort
-
-    if array.dtype.type.__module__ == "ml_dtypes":
-        import onnx_ir
-
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(onnx_ir.DataType.from_numpy(array.dtype)))
-    return ort.OrtValue.ortvalue_from_numpy(array)
+def _parts(tokens: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    """[B, S] in pieces of so many positions; the last may be shorter."""
+    for begin in range(0, tokens.shape[1], length):
+        yield tokens[:, begin : begin + length]
 
 
 def _positions(logits: Any, part: slice) -> np.ndarray:

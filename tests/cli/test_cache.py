@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifact import CacheLayout, Component, Interface, Manifest
 from pipeline.store import Store, integrity
 from pipeline.store.leases import gate
+from pipeline.store.writer import OutputWriter
 
 pytestmark = pytest.mark.usefixtures("plugins", "store")
 
@@ -99,6 +101,27 @@ def test_an_artifact_is_shown_by_name_digest_or_key(how: str, cli: Cli, checkpoi
     assert "kept for the run " in out
     shown = json.loads(cli("cache", "show", name, "--json")[1])
     assert (shown["problem"], shown["lineage"]["pass_name"]) == (None, "write")
+
+
+def test_components_and_when_each_of_them_runs_are_shown(cli: Cli, store: Store) -> None:
+    with store.staging() as staging:
+        entry = OutputWriter(staging).file("model.onnx", b"a graph")
+        part = Component(format="onnx", files={"model.onnx": entry})
+        layout = CacheLayout(layers=2, kv_heads=2, head_dim=16, in_place=True)
+        made = store.publish(
+            staging,
+            Manifest(
+                format="onnx",
+                components={"prefill": part, "decode": part},
+                interface=Interface(cache=layout),
+                execution={"phases": {"crossover_tokens": 16}},
+            ),
+        )
+    out = cli("cache", "show", made.digest)[1]
+    assert "component prefill (onnx)" in out
+    assert "component decode (onnx)" in out
+    assert "cache: 2 layers of [B, 2, T, 16] float32, keys and values, extended in place" in out
+    assert "execution phases crossover_tokens 16" in out
 
 
 @pytest.mark.usefixtures("filled")

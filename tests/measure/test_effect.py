@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 
+import fused_llama
 import numpy as np
 import onnx
 import pytest
@@ -11,7 +12,7 @@ import tiny_models
 from onnx import helper, load_model, numpy_helper, save_model
 
 from pipeline.artifact import Artifact, Component, Interface, Manifest, TensorRef
-from pipeline.measure.effect import ComparisonError, Effect, compare_artifacts, graph_fingerprint, with_rules
+from pipeline.measure.effect import ComparisonError, Effect, Origin, compare_artifacts, graph_fingerprint, with_rules
 from pipeline.measure.graph_weights import newly_quantized
 from pipeline.onnx_model import load_onnx
 
@@ -248,11 +249,11 @@ def test_what_changed_no_node_has_no_region(before: Artifact, tmp_path: Path) ->
 
 def test_weights_that_are_quantized_anew_are_counted_out_of_all(before: Artifact, int4: Artifact) -> None:
     wider = load_onnx(int4)
-    found = newly_quantized([load_onnx(int4)], [wider])
+    found = newly_quantized([(load_onnx(int4), wider)])
     assert found is None
     node = next(node for node in wider.graph if node.op_type == "MatMulNBits")
     node.attributes["bits"] = type(node.attributes["bits"])("bits", node.attributes["bits"].type, 8)
-    assert newly_quantized([load_onnx(int4)], [wider]) == (1, 1)
+    assert newly_quantized([(load_onnx(int4), wider)]) == (1, 1)
 
 
 class TestWhatAPassTells:
@@ -615,3 +616,108 @@ def test_a_parent_that_cannot_be_read_is_no_failure_of_the_stage(before: Artifac
     with pytest.raises(Exception) as raised:
         effect(before, garbage)
     assert not isinstance(raised.value, ComparisonError)
+
+
+class TestTwoComponents:
+    """Of one graph for prompts and one for single tokens; the parent is one of the two that they come from."""
+
+    @staticmethod
+    def together(before: Artifact, int4: Artifact, parent: Artifact) -> Effect:
+        both = fused_llama.two_phases(before, int4)
+        parent_name = "plain" if parent is before else "int4"
+        origins = {"": Origin(parent_name, parent), "prefill": Origin("plain", before), "decode": Origin("int4", int4)}
+        return compare_artifacts(parent, both, origins=origins)
+
+    def test_each_is_told_by_the_stage_that_it_comes_from(self, before: Artifact, int4: Artifact) -> None:
+        for parent, kinds in ((before, ["none", "weights"]), (int4, ["weights", "none"])):
+            found = self.together(before, int4, parent)
+            assert [(part.name, part.same_as) for part in found.components] == [
+                ("prefill", "plain"),
+                ("decode", "int4"),
+            ]
+            assert [part.kind for part in found.components] == kinds
+            assert found.kind == "weights"
+
+    def test_nodes_and_operators_are_those_of_both_and_shared_weights_count_once(
+        self, before: Artifact, int4: Artifact
+    ) -> None:
+        found = self.together(before, int4, before)
+        assert found.nodes == (22, 44)
+        assert [part.nodes for part in found.components] == [(22, 22), (22, 22)]
+        assert found.operators["MatMul"] == (3, 5)
+        assert found.operators["com.microsoft.MatMulNBits"] == (0, 1)
+        assert found.weights_quantized == (1, 2)
+        assert found.data_types == {"uint8": (0, 1)}
+        assert [node.count for node in found.slow_nodes] == [1]
+
+    def test_the_region_shows_the_one_that_changed(self, before: Artifact, int4: Artifact) -> None:
+        region = self.together(before, int4, before).region
+        assert region is not None
+        assert [row.operator for row in region.after if row.change == "new"] == ["com.microsoft.MatMulNBits"]
+
+    def test_twice_the_same_is_another_graph_with_the_same_weights(self, before: Artifact) -> None:
+        found = self.together(before, before, before)
+        assert found.kind == "graph"
+        assert [(part.kind, part.is_new) for part in found.components] == [("none", True), ("none", True)]
+        assert (found.weights_quantized, found.region) == (None, None)
+
+    def test_weights_of_other_values_are_found_in_one_of_them(self, before: Artifact, tmp_path: Path) -> None:
+        trained = tiny_models.onnx_artifact(tmp_path / "trained", seed=1)
+        found = compare_artifacts(
+            fused_llama.two_phases(before, before),
+            fused_llama.two_phases(before, trained),
+            origins={"": Origin("both", fused_llama.two_phases(before, before))},
+        )
+        assert found.kind == "weights"
+        assert [(part.name, part.kind, part.is_new) for part in found.components] == [
+            ("prefill", "none", False),
+            ("decode", "weights", False),
+        ]
+        assert [part.same_as for part in found.components] == ["both/prefill", None]
+
+    def test_a_weight_kept_in_half_the_bytes_by_one_of_them_is_another_weight(
+        self, before: Artifact, tmp_path: Path
+    ) -> None:
+        half = tiny_models.onnx_artifact(tmp_path / "half", weight_dtype="bfloat16")
+        found = compare_artifacts(before, fused_llama.two_phases(before, half))
+        assert [part.kind for part in found.components] == ["none", "weights"]
+
+    def test_one_that_becomes_a_single_graph_again_is_compared_with_both(
+        self, before: Artifact, int4: Artifact
+    ) -> None:
+        found = compare_artifacts(fused_llama.two_phases(before, int4), before)
+        assert found.kind == "weights"
+        assert [(part.name, part.kind, part.is_gone) for part in found.components] == [
+            ("prefill", "none", True),
+            ("decode", "weights", True),
+        ]
+        assert found.nodes == (44, 22)
+
+    def test_another_crossover_is_an_effect_on_execution(self, before: Artifact, int4: Artifact) -> None:
+        early, late = (fused_llama.two_phases(before, int4, crossover_tokens=n) for n in (4, 16))
+        found = compare_artifacts(early, late)
+        assert (found.kind, found.operators, found.weights_quantized) == ("execution", {}, None)
+        assert [part.kind for part in found.components] == ["none", "none"]
+
+    def test_the_same_artifact_has_no_effect(self, before: Artifact, int4: Artifact) -> None:
+        both = fused_llama.two_phases(before, int4)
+        assert effect(both, both).kind == "none"
+
+    def test_of_a_checkpoint_they_are_a_conversion(self, before: Artifact, int4: Artifact, tmp_path: Path) -> None:
+        source = tiny_models.torch_artifact(tiny_models.save_llama(tmp_path / "llama"))
+        both = fused_llama.two_phases(before, int4)
+        found = compare_artifacts(source, both, origins={"": Origin("source", source), "decode": Origin("int4", int4)})
+        assert (found.kind, found.nodes) == ("conversion", (None, 44))
+        assert [(part.kind, part.same_as) for part in found.components] == [(None, None), (None, "int4")]
+
+    def test_other_names_are_other_components(self, before: Artifact) -> None:
+        parts = {"encoder": before.component, "decoder": before.component}
+        pair = Artifact(before.manifest.model_copy(update={"components": parts}), before.blobs)
+        found = compare_artifacts(pair, fused_llama.two_phases(before, before))
+        assert found.kind == "graph"
+        assert {part.name: (part.is_new, part.is_gone, part.kind) for part in found.components} == {
+            "prefill": (True, False, None),
+            "decode": (True, False, None),
+            "encoder": (False, True, None),
+            "decoder": (False, True, None),
+        }

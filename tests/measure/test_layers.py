@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import fused_llama
 import numpy as np
 import pytest
 import tiny_models
@@ -319,6 +320,68 @@ def test_a_token_whose_reference_is_zero_is_wholly_wrong_and_still_a_number() ->
     )
     assert layers._by_token(difference, expected).tolist() == [1.0, 0.0, 0.5]
     assert np.isnan(layers._by_token(np.array([[np.nan, 1.0]]), np.zeros((1, 2)))).all()
+
+
+# Fused graphs, and two of them
+
+
+@pytest.fixture(scope="module")
+def fused_source(workshop: Workshop) -> Artifact:
+    return tiny_models.torch_artifact(fused_llama.save_checkpoint(workshop.folder / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def fused(workshop: Workshop, fused_source: Artifact) -> Artifact:
+    made = fused_llama.fused_llama(workshop.folder / "fused", fused_source.blobs)
+    return workshop.publish(lambda output: made)  # in the store of those that are made of it
+
+
+@pytest.fixture(scope="module")
+def fused_int4(workshop: Workshop, fused: Artifact) -> Artifact:
+    return workshop.run(QuantizeWeights, fused, block_size=16, head="keep", exclude=["*layers.0.*"])
+
+
+def test_a_fused_graph_is_matched_with_its_checkpoint_layer_by_layer(fused_source: Artifact, fused: Artifact) -> None:
+    """The sums are outputs of norms, some of which nobody took, and the last layer works on the last positions."""
+    found = compare(fused, fused_source).stages["stage"]
+    assert [layer.layer for layer in found.layers] == ["embedding", "layer 0", "layer 1", "head"]
+    assert all(layer.relative_error is not None and layer.relative_error < 1e-5 for layer in found.layers)
+    assert all(layer.added is not None and layer.added < 1e-5 for layer in found.layers)
+    assert all(layer.attention is not None and layer.mlp is not None for layer in found.layers[1:3])
+    assert found.component is None
+
+
+def test_a_quantized_layer_of_a_fused_graph_is_named(
+    fused_source: Artifact, fused: Artifact, fused_int4: Artifact
+) -> None:
+    for reference in (fused_source, fused):
+        found = compare(fused_int4, reference)
+        assert (found.stages["stage"].first, found.stages["stage"].most) == ("layer 1", "layer 1")
+        assert added(found)["head"] < 1e-5  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("worse", ["prefill", "decode"])
+def test_of_two_graphs_the_worse_one_is_told(fused: Artifact, fused_int4: Artifact, worse: str) -> None:
+    pair = (fused_int4, fused) if worse == "prefill" else (fused, fused_int4)
+    found = compare(fused_llama.two_phases(*pair), fused).stages["stage"]
+    assert (found.component, found.first, found.reference_component) == (worse, "layer 1", None)
+    assert found == compare(fused_int4, fused).stages["stage"].model_copy(update={"component": worse})
+
+
+def test_a_reference_of_two_graphs_is_taken_by_the_one_of_the_same_name_or_the_one_for_prompts(
+    fused: Artifact, fused_int4: Artifact
+) -> None:
+    both = fused_llama.two_phases(fused, fused_int4)
+    same = compare(both, both).stages["stage"]
+    assert (same.component, same.reference_component, same.first) == ("prefill", "prefill", None)
+    single = compare(fused_int4, both).stages["stage"]
+    assert (single.component, single.reference_component, single.first) == (None, "prefill", "layer 1")
+
+
+def test_a_reference_whose_graphs_have_other_names_is_a_reason(fused: Artifact) -> None:
+    parts = {"encoder": fused.component, "decoder": fused.component}
+    pair = Artifact(fused.manifest.model_copy(update={"components": parts}), fused.blobs)
+    assert compare(fused, pair).reasons["stage"] == "which component of reference runs a prompt is not known"
 
 
 # Which layer is first, and which most

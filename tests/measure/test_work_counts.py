@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fused_llama
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_models import HEAD, HEADS, VOCABULARY, WIDTH, entry_of, onnx_artifact, save_llama, torch_artifact
 
 from pipeline.artifact import Artifact, Component, Interface, Manifest, TensorRef
+from pipeline.errors import PipelineError
 from pipeline.measure.work_counts import Extent, Work, count_work, extent_of
 from pipeline.measure.workload import Point
 
@@ -453,3 +455,85 @@ def test_positions_kept_shrink_the_head_where_the_graph_can(tmp_path: Path) -> N
     artifact = graph(tmp_path, nodes, inputs, weights, interface=Interface(logits_to_keep="keep"))
     assert counted(artifact, PROMPT).total_flops == 2 * 2 * 16 * 24
     assert counted(artifact, WHOLE).total_flops == 2 * 12 * 16 * 24
+
+
+def test_positions_kept_may_be_gathered(tmp_path: Path) -> None:
+    """As onnxruntime-genai's graphs do: their number is made into places, and these are looked up."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["length"], start=1, end=2),
+        helper.make_node("Sub", ["length", "keep"], ["begin"]),
+        helper.make_node("Squeeze", ["begin"], ["first"]),
+        helper.make_node("Squeeze", ["length"], ["end"]),
+        helper.make_node("Range", ["first", "end", "one"], ["places"]),
+        helper.make_node("Gather", ["x", "places"], ["last"], axis=1),
+        helper.make_node("MatMul", ["last", "w"], ["y"]),
+    ]
+    inputs = {"x": (FLOAT, [2, 6, 16]), "keep": (INT64, [1])}
+    weights = {"w": floats(16, 24), "one": np.array(1)}
+    artifact = graph(tmp_path, nodes, inputs, weights, interface=Interface(logits_to_keep="keep"))
+    assert counted(artifact, PROMPT).total_flops == 2 * 2 * 16 * 24
+    assert counted(artifact, WHOLE).total_flops == 2 * 12 * 16 * 24
+
+
+# --- a fused graph, and two of them
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("fused")
+    return fused_llama.fused_llama(folder, fused_llama.save_checkpoint(folder / "checkpoint"))
+
+
+def fused_flops(extent: Extent) -> int:
+    """In the last layer, what follows the attention is computed for the positions that are kept."""
+    kept = extent.batch * extent.keep
+    layer, before = fused_llama.LAYER_PRODUCTS, fused_llama.ATTENTION_PRODUCTS
+    products = extent.tokens * (layer + before) + kept * (layer - before + fused_llama.HEAD)
+    return 2 * products + attention(extent, heads=fused_llama.HEADS, width=fused_llama.WIDTH, layers=2)
+
+
+@pytest.mark.parametrize("extent", [PROMPT, WHOLE, TOKEN], ids=["prompt", "whole pass", "one token"])
+def test_a_fused_graph_is_what_a_hand_count_finds(fused: Artifact, extent: Extent) -> None:
+    work = counted(fused, extent)
+    assert work.flops == {"float32": fused_flops(extent)}
+    norms = 5 * fused_llama.HIDDEN
+    small = work.weights_bytes - 4 * (2 * fused_llama.LAYER_PRODUCTS + fused_llama.HEAD + norms)
+    assert 0 <= small < 100  # what shapes are made of
+    rotary = 2 * 2 * extent.length * fused_llama.WIDTH // 2 * 4  # both tables, in both layers
+    assert work.rows_bytes == extent.tokens * fused_llama.HIDDEN * 4 + rotary
+    positions = extent.batch * extent.past * fused_llama.KV_HEADS * fused_llama.WIDTH
+    assert work.cache_bytes == 2 * fused_llama.LAYERS * positions * 4
+    assert not work.uncounted
+
+
+def test_query_key_and_value_may_come_in_one(tmp_path: Path) -> None:
+    inputs = ["all", "", "", "past_k", "past_v", "lengths", "total"]
+    made = node("GroupQueryAttention", inputs, num_heads=4, kv_num_heads=2)
+    given = {"all": (FLOAT, ["b", "s", 64]), **PAST, "lengths": (INT64, ["b"]), "total": (INT64, [1])}
+    work = counted(graph(tmp_path, [made], sized(given, TOKEN), interface=ROLES), TOKEN)
+    assert work.total_flops == attention(TOKEN, layers=1)
+
+
+def test_of_two_phases_each_call_is_counted_in_the_graph_that_runs_it(fused: Artifact, tmp_path: Path) -> None:
+    """Between them, the number of new tokens decides, those of all sequences together."""
+    limited = fused_llama.fused_llama(tmp_path, Path(fused.blobs) / "checkpoint", window=2)
+    both = fused_llama.two_phases(fused, limited, crossover_tokens=8)
+    assert count_work(both, PROMPT) == count_work(fused, PROMPT)
+    assert count_work(both, TOKEN) == count_work(limited, TOKEN) != count_work(fused, TOKEN)
+    short = Extent(batch=1, length=3, past=5, keep=1)
+    assert count_work(both, short) == count_work(limited, short) != count_work(fused, short)
+
+
+def test_what_does_not_say_when_its_graphs_run_is_not_counted(fused: Artifact) -> None:
+    both = fused_llama.two_phases(fused, fused)
+    silent = Artifact(both.manifest.model_copy(update={"execution": {}}), both.blobs)
+    with pytest.raises(PipelineError, match="phases"):
+        count_work(silent, TOKEN)
+    parts = {"encoder": fused.component, "decoder": fused.component}
+    assert count_work(Artifact(fused.manifest.model_copy(update={"components": parts}), fused.blobs), TOKEN) is None
+
+
+def test_weights_that_two_graphs_share_are_stored_once(fused: Artifact) -> None:
+    both = fused_llama.two_phases(fused, fused)
+    assert both.manifest.weights_bytes == fused.manifest.weights_bytes
+    assert both.manifest.size_bytes == fused.manifest.size_bytes

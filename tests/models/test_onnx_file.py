@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, CacheLayout
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.hardware import describe_host, load_profile
 from pipeline.models import find_source, source_artifact
@@ -52,8 +52,7 @@ def test_the_graph_runs_from_where_it_lies(external: bool, tmp_path: Path, store
     before = {p: (p.stat().st_mtime_ns, p.stat().st_nlink) for p in path.parent.iterdir()}
     artifact = artifact_of(path, store)
     assert artifact.format == "onnx"
-    assert artifact.interface.cache is not None
-    assert artifact.interface.cache.model_dump() == {"layers": 1, "kv_heads": 2, "head_dim": 4, "dtype": "float32"}
+    assert artifact.interface.cache == CacheLayout(layers=1, kv_heads=2, head_dim=4, dtype="float32", in_place=False)
     assert artifact.interface.vocab_size == 32
     assert artifact.interface.max_length == 64
     assert set(artifact.component.tensors) == ({"embed", "head"} if external else set())

@@ -19,8 +19,7 @@ from passes.graph.onnxoptimizer import OnnxOptimizer
 from passes.quantize.quantize_weights import QuantizeWeights
 from pipeline import Artifact, HostError, PassContext, PipelineError, load_model, load_onnx
 from pipeline.hardware.host import describe_host
-from pipeline.runtime import ExecutionSpec, load_runner
-from pipeline.runtime import onnxruntime as runtime
+from pipeline.runtime import ExecutionSpec, load_runner, onnx_session
 from pipeline.store.folder import materialize, read_folder
 from pipeline.store.writer import OutputWriter
 
@@ -127,8 +126,9 @@ def packed_entries(artifact: Artifact) -> int:
     """How many packed weights the runner names to ONNX Runtime."""
     import onnx
 
-    weights = runtime._compiled_for_this_host(artifact, runtime.CPU)
-    graph = onnx.load_from_string(runtime._graph_over_files(artifact, weights or {})).graph
+    component = artifact.component
+    weights = onnx_session.compiled_for_this_host(artifact, component, onnx_session.CPU)
+    graph = onnx.load_from_string(onnx_session.graph_over_files(artifact, component, weights or {})).graph
     return sum(entry.key.startswith("prepacked") for i in graph.initializer for entry in i.external_data)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from every_case import rich_report
 
+from pipeline.report.cells_report import changed_in_words
 from pipeline.report.effects import change, contradiction, effect_facts, effect_in_words, slow_nodes_in_words
 from pipeline.report.schema import Effect, StageReport
 
@@ -86,3 +87,53 @@ def test_weights_that_no_node_reads_are_told_where_they_came_or_went() -> None:
         "changed nothing: 0 of 155 nodes, but dropped 2.5 MB of weights that no node reads, or that are stored twice"
     )
     assert "but stores 1.0 MB more of weights" in storing(1_000_000)
+
+
+TOGETHER = {
+    "kind": "weights",
+    "nodes": (715, 1430),
+    "operators": {"MatMulNBits": (154, 154), "DynamicQuantizeMatMul": (0, 154)},
+    "casts": (2, 4),
+    "weights_quantized": (154, 308),
+    "components": (
+        {"name": "prefill", "is_new": True, "kind": "weights", "nodes": (715, 715), "same_as": "int8"},
+        {"name": "decode", "is_new": True, "kind": "none", "nodes": (715, 715), "same_as": "cleanup"},
+    ),
+}
+
+
+def test_a_stage_of_several_components_is_told_by_the_stages_that_they_come_from() -> None:
+    stage = with_effect(**TOGETHER)
+    assert change(stage, RICH) == "consists of prefill as int8 and decode as cleanup (1,430 nodes)"
+    assert effect_in_words(stage) == "weights, prefill as int8, decode as cleanup, 1,430 nodes"
+    assert changed_in_words(stage.effect) == "prefill as int8, decode as cleanup, 1,430 nodes"
+    facts = dict(effect_facts(stage.model_copy(update={"parent": "cleanup"})))
+    assert facts["component prefill"] == "715 nodes, graph and weights of int8, other weights than cleanup"
+    assert facts["component decode"] == "715 nodes, graph and weights of cleanup"
+    assert facts["weights quantized"] == "154 of 308"
+
+
+def test_components_that_no_stage_has_as_they_are_say_how_they_differ() -> None:
+    components = (
+        {"name": "prefill", "kind": "graph", "nodes": (715, 700)},
+        {"name": "decode", "kind": "none", "nodes": (715, 715), "same_as": "both/decode"},
+    )
+    stage = with_effect(kind="graph", nodes=(1430, 1415), casts=(2, 4), components=components)
+    stage = stage.model_copy(update={"parent": "both"})
+    assert change(stage, RICH) == "changed the graph (1,430 → 1,415 nodes), 2 Casts inserted"
+    facts = dict(effect_facts(stage))
+    assert facts["component prefill"] == "715 → 700 nodes, another graph than both"
+    assert facts["component decode"] == "715 nodes, graph and weights of both/decode"
+
+
+def test_components_that_are_gone_are_told_by_what_is_left() -> None:
+    components = (
+        {"name": "encoder", "is_gone": True, "kind": None, "nodes": (50, None)},
+        {"name": "decoder", "kind": "none", "nodes": (60, 60)},
+        {"name": "joiner", "is_new": True, "kind": None, "nodes": (None, 7)},
+    )
+    stage = with_effect(kind="graph", nodes=(110, 67), components=components).model_copy(update={"parent": "whole"})
+    facts = dict(effect_facts(stage))
+    assert facts["component encoder"] == "50 nodes, gone"
+    assert facts["component decoder"] == "60 nodes, graph and weights of whole"
+    assert facts["component joiner"] == "7 nodes"

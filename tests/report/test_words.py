@@ -13,6 +13,7 @@ from every_case import HOSTILE, LONG, forward_report, rich_report
 from pipeline.report.effects import effect_in_words
 from pipeline.report.markdown import render_markdown
 from pipeline.report.schema import BreakEven, Divergence, Effect, NoiseFloor, Ratio, Report, StageReport
+from pipeline.report.stage_cards import layer_chart
 from pipeline.report.words import break_even_in_words, divergence_in_words, earned_back, headline, sentence
 
 RICH = rich_report()
@@ -365,6 +366,24 @@ def test_the_layer_where_quality_fell_is_named() -> None:
         "its values leave fused's first at layer 1 (not finite), which adds most, too"
     )
     assert diverging(None, None, errors) == ""
+
+
+def test_of_several_components_the_one_whose_values_leave_is_named() -> None:
+    found = {
+        "reference": "both",
+        "component": "decode",
+        "reference_component": "prefill",
+        "tokens": 5,
+        "layers": [{"layer": "layer 0", "relative_error": 0.5}],
+        "first": "layer 0",
+        "most": "layer 0",
+    }
+    assert divergence_in_words(Divergence.model_validate(found)) == (
+        "the values of its decode leave both/prefill's first at layer 0 (relative error 0.5), which adds most, too"
+    )
+    assert layer_chart(Divergence.model_validate(found)).title == (
+        "Relative error by layer of decode against both/prefill, on 5 tokens"
+    )
 
 
 def test_the_reason_of_a_verdict_is_told_in_the_tables_and_the_verdict_in_the_sentence() -> None:

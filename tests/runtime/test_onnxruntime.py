@@ -11,8 +11,9 @@ import tiny_models
 
 from pipeline.artifact import Artifact
 from pipeline.errors import HostError, PipelineError
-from pipeline.runtime import ExecutionSpec, load_runner
+from pipeline.runtime import ExecutionSpec, kv_cache, load_runner, onnx_session
 from pipeline.runtime import onnxruntime as runtime
+from pipeline.runtime.layer_outputs import open_layers
 from pipeline.runtime.onnxruntime import OnnxRuntimeRunner
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCABULARY, (2, 20))
@@ -133,9 +134,9 @@ def test_a_whole_pass_asks_for_all_logits_and_copies_the_last(
     asked, copied = [], []
     run, copy = runner._run, runtime._positions
 
-    def watched_run(tokens: np.ndarray, *, keep: int, cached: bool = True) -> object:
+    def watched_run(session: object, tokens: np.ndarray, *, keep: int, cached: bool = True) -> object:
         asked.append((keep, cached))
-        return run(tokens, keep=keep, cached=cached)
+        return run(session, tokens, keep=keep, cached=cached)
 
     def watched_copy(logits: object, part: slice) -> np.ndarray:
         copied.append(copy(logits, part))
@@ -195,7 +196,7 @@ def test_a_graph_that_does_not_load_is_an_error_for_the_user(artifact: Artifact)
 def test_weights_are_mapped_from_the_files_that_hold_them(artifact: Artifact) -> None:
     import onnx
 
-    graph = onnx.load_from_string(runtime._graph_over_files(artifact, {})).graph
+    graph = onnx.load_from_string(onnx_session.graph_over_files(artifact, artifact.component, {})).graph
     places = {
         initializer.name: {entry.key: entry.value for entry in initializer.external_data}
         for initializer in graph.initializer
@@ -235,9 +236,11 @@ def test_a_missing_file_of_weights_is_an_error_for_the_user(artifact: Artifact) 
 
 
 def test_a_cuda_device_means_cuda_s_provider() -> None:
-    assert runtime._provider(ExecutionSpec(device="cuda")) == "CUDAExecutionProvider"
-    assert runtime._provider(ExecutionSpec(device="cuda", provider="TensorrtExecutionProvider")).startswith("Tensorrt")
-    assert runtime._provider(ExecutionSpec()) == "CPUExecutionProvider"
+    assert onnx_session.provider_of(ExecutionSpec(device="cuda")) == "CUDAExecutionProvider"
+    assert onnx_session.provider_of(ExecutionSpec(device="cuda", provider="TensorrtExecutionProvider")).startswith(
+        "Tensorrt"
+    )
+    assert onnx_session.provider_of(ExecutionSpec()) == "CPUExecutionProvider"
 
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
@@ -270,3 +273,224 @@ print(os.environ["ORT_DISABLE_TELEMETRY"], len(os.listdir("/proc/self/task")))
     env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
     assert done.stdout.split() == ["1", "1"], done.stderr
+
+
+LONG = np.random.default_rng(1).integers(0, tiny_models.VOCABULARY, (2, 53))
+"""A prompt of 12 and the tokens after it."""
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["some logits", "all logits"])
+def grouped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("grouped")
+    return tiny_models.grouped_query_artifact(folder, limits_logits=request.param)
+
+
+class TestACacheThatIsExtendedInPlace:
+    @pytest.fixture(autouse=True)
+    def _small_buffers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kv_cache, "ROOM", 8)
+
+    @pytest.fixture
+    def runner(self, grouped: Artifact) -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(grouped, ExecutionSpec())
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_gives_the_logits_of_caches_that_are_joined(
+        self, runner: OnnxRuntimeRunner, grouped: Artifact, batch: int
+    ) -> None:
+        reference = tiny_models.Concatenating(graph=grouped)
+        tokens = LONG[:batch]
+        expected = reference.step("graph", tokens[:, :12])[:, -1]
+        np.testing.assert_allclose(runner.prefill(tokens[:, :12]), expected, atol=1e-5)
+        capacities = set()
+        for position in range(12, 52):
+            token = tokens[:, position : position + 1]
+            np.testing.assert_allclose(runner.decode(token), reference.step("graph", token)[:, 0], atol=1e-5)
+            capacities.add(runner._buffers.capacity)
+        assert capacities == {16, 32, 64}
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_gives_the_logits_that_the_runner_gives_without(self, grouped: Artifact, batch: int) -> None:
+        joined = with_interface(grouped, cache=tiny_models.GROUPED)
+        found = []
+        for artifact in (grouped, joined):
+            runner = OnnxRuntimeRunner(artifact, ExecutionSpec())
+            steps = [runner.prefill(LONG[:batch, :12])]
+            steps += [runner.decode(LONG[:batch, i : i + 1]) for i in range(12, 20)]
+            found.append(np.stack([*steps, runner.forward(LONG[:batch, :20])]))
+        np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+    def test_is_written_to_where_it_lies(self, runner: OnnxRuntimeRunner) -> None:
+        runner.prefill(LONG[:, :17])  # room for 24
+        places = [value.data_ptr() for value in runner._buffers.values]
+        before = [array.copy() for array in runner._buffers._arrays]
+        runner.decode(LONG[:, 17:18])
+        assert [value.data_ptr() for value in runner._buffers.values] == places
+        for array, was in zip(runner._buffers._arrays, before, strict=True):
+            np.testing.assert_array_equal(array[:, :, :17], was[:, :, :17])
+            assert np.abs(array[:, :, 17]).min() > 0
+            assert not array[:, :, 18:].any()
+
+    def test_binds_its_buffers_once_and_then_only_what_changes(self, runner: OnnxRuntimeRunner) -> None:
+        (session,) = runner._sessions.values()
+        runner.prefill(LONG[:, :17])
+        runner.decode(LONG[:, 17:18])
+        binding, bound = session._binding, dict(session._bound)
+        runner.decode(LONG[:, 18:19])
+        assert session._binding is binding
+        changed = {name for name, value in session._bound.items() if value is not bound[name]}
+        assert changed == {"input_ids", "attention_mask"}
+
+    def test_has_room_for_the_first_token_after_a_prompt(self, runner: OnnxRuntimeRunner) -> None:
+        runner.prefill(LONG[:, :16])
+        assert runner._buffers.capacity == 24
+
+    def test_never_has_room_for_more_than_the_model_has_positions(self, runner: OnnxRuntimeRunner) -> None:
+        runner.prefill(np.resize(LONG, (1, 64)))
+        assert runner._buffers.capacity == 64
+        with pytest.raises(PipelineError, match="position 65 is beyond the model's 64"):
+            runner.decode(LONG[:1, :1])
+
+    def test_is_emptied_and_not_allocated_again(self, runner: OnnxRuntimeRunner) -> None:
+        first = runner.prefill(LONG[:, :12])
+        for position in range(12, 40):
+            runner.decode(LONG[:, position : position + 1])
+        places = [value.data_ptr() for value in runner._buffers.values]
+        np.testing.assert_array_equal(runner.prefill(LONG[:, :12]), first)
+        assert [value.data_ptr() for value in runner._buffers.values] == places
+
+    def test_another_batch_has_buffers_of_its_own(self, runner: OnnxRuntimeRunner) -> None:
+        both = runner.prefill(LONG[:, :12])
+        np.testing.assert_allclose(runner.prefill(LONG[1:, :12]), both[1:], atol=1e-5)
+        np.testing.assert_allclose(runner.prefill(LONG[:, :12]), both, atol=1e-5)
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_is_scored_in_chunks_where_one_sequence_is(
+        self, runner: OnnxRuntimeRunner, grouped: Artifact, batch: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.runtime.sequence.SCORE_BYTES", 20 * 4 * tiny_models.VOCABULARY)
+        chunks = list(runner.score(LONG[:batch]))
+        assert [chunk.shape[1] for chunk in chunks] == ([20, 20, 13] if batch == 1 else [53])
+        expected = tiny_models.Concatenating(graph=grouped).step("graph", LONG[:batch])
+        np.testing.assert_allclose(np.concatenate(chunks, axis=1), expected, atol=1e-5)
+
+    def test_whole_passes_leave_it_empty(self, runner: OnnxRuntimeRunner) -> None:
+        runner.prefill(LONG[:, :12])
+        runner.forward(LONG)
+        with pytest.raises(PipelineError, match="prefill comes first"):
+            runner.decode(LONG[:, :1])
+
+    def test_values_of_a_pass_need_no_buffers(self, runner: OnnxRuntimeRunner) -> None:
+        (logits,) = runner.values(LONG[:1], ["logits"])
+        np.testing.assert_allclose(logits[:, -1], runner.forward(LONG[:1]), atol=1e-5)
+        assert runner._buffers.values == []
+
+    def test_a_failed_step_empties_it_and_the_next_prompt_is_as_ever(self, runner: OnnxRuntimeRunner) -> None:
+        first = runner.prefill(LONG[:, :12])
+        with pytest.raises(PipelineError, match=r"failed on tokens \[2, 1\] after 12"):
+            runner.decode(np.full((2, 1), tiny_models.VOCABULARY + 5))
+        with pytest.raises(PipelineError, match="prefill comes first"):
+            runner.decode(LONG[:, :1])
+        np.testing.assert_array_equal(runner.prefill(LONG[:, :12]), first)
+
+    @pytest.mark.skipif(not HAS_CUDA, reason="this ONNX Runtime has no CUDA")
+    def test_on_cuda_the_logits_are_the_same(self, grouped: Artifact, runner: OnnxRuntimeRunner) -> None:
+        there = OnnxRuntimeRunner(grouped, ExecutionSpec(device="cuda"))
+        np.testing.assert_allclose(there.prefill(LONG[:, :12]), runner.prefill(LONG[:, :12]), atol=1e-2)
+        for position in range(12, 30):
+            token = LONG[:, position : position + 1]
+            np.testing.assert_allclose(there.decode(token), runner.decode(token), atol=1e-2)
+
+
+class TestTwoPhases:
+    @pytest.fixture(scope="class", params=[True, False], ids=["in place", "joined"])
+    def parts(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+        """Two graphs of other weights, so that it shows which of them ran."""
+        return {
+            name: tiny_models.grouped_query_artifact(tmp_path_factory.mktemp(name), seed=seed, in_place=request.param)
+            for seed, name in enumerate(("prefill", "decode"))
+        }
+
+    @pytest.fixture
+    def runner(self, parts: dict[str, Artifact]) -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(tiny_models.two_phases(**parts, crossover_tokens=8), ExecutionSpec())
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_single_tokens_go_on_from_the_cache_that_the_prompt_left(
+        self, runner: OnnxRuntimeRunner, parts: dict[str, Artifact], batch: int
+    ) -> None:
+        reference, tokens = tiny_models.Concatenating(**parts), LONG[:batch]
+        expected = reference.step("prefill", tokens[:, :12])[:, -1]
+        np.testing.assert_allclose(runner.prefill(tokens[:, :12]), expected, atol=1e-5)
+        for position in range(12, 30):
+            token = tokens[:, position : position + 1]
+            np.testing.assert_allclose(runner.decode(token), reference.step("decode", token)[:, 0], atol=1e-5)
+
+    def test_switches_back_and_forth_over_buffers_that_grow(
+        self, runner: OnnxRuntimeRunner, parts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kv_cache, "ROOM", 8)
+        for length in (12, 9, 30):
+            reference = tiny_models.Concatenating(**parts)
+            expected = reference.step("prefill", LONG[:1, :length])[:, -1]
+            np.testing.assert_allclose(runner.prefill(LONG[:1, :length]), expected, atol=1e-5)
+            for position in range(length, length + 12):
+                token = LONG[:1, position : position + 1]
+                np.testing.assert_allclose(runner.decode(token), reference.step("decode", token)[:, 0], atol=1e-5)
+
+    @pytest.mark.parametrize(("shape", "which"), [((1, 7), "decode"), ((1, 8), "prefill"), ((2, 4), "prefill")])
+    def test_the_number_of_new_tokens_decides(
+        self, runner: OnnxRuntimeRunner, parts: dict[str, Artifact], shape: tuple[int, int], which: str
+    ) -> None:
+        tokens = LONG[: shape[0], : shape[1]]
+        expected = tiny_models.Concatenating(**parts).step(which, tokens)
+        np.testing.assert_allclose(runner.prefill(tokens), expected[:, -1], atol=1e-5)
+        np.testing.assert_allclose(runner.forward(tokens), expected[:, -1], atol=1e-5)
+
+    def test_tokens_of_many_sequences_are_as_many_new_tokens(
+        self, runner: OnnxRuntimeRunner, parts: dict[str, Artifact]
+    ) -> None:
+        reference, tokens = tiny_models.Concatenating(**parts), np.resize(LONG, (8, 5))
+        reference.step("prefill", tokens[:, :4])
+        runner.prefill(tokens[:, :4])
+        expected = reference.step("prefill", tokens[:, 4:])[:, 0]
+        np.testing.assert_allclose(runner.decode(tokens[:, 4:]), expected, atol=1e-5)
+
+    @pytest.mark.parametrize("batch", [1, 2, 9])
+    def test_is_scored_as_it_is_used_half_a_prompt_and_half_single_tokens(
+        self, runner: OnnxRuntimeRunner, parts: dict[str, Artifact], batch: int
+    ) -> None:
+        reference, tokens = tiny_models.Concatenating(**parts), np.resize(LONG, (batch, 21))
+        expected = [reference.step("prefill", tokens[:, :10])]
+        expected += [reference.step("decode", tokens[:, i : i + 1]) for i in range(10, 21)]
+        found = np.concatenate(list(runner.score(tokens)), axis=1)
+        np.testing.assert_allclose(found, np.concatenate(expected, axis=1), atol=1e-5)
+
+    def test_is_scored_in_chunks(self, runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = np.concatenate(list(runner.score(LONG[:1])), axis=1)
+        monkeypatch.setattr("pipeline.runtime.sequence.SCORE_BYTES", 20 * 4 * tiny_models.VOCABULARY)
+        chunks = list(runner.score(LONG[:1]))
+        assert [chunk.shape[1] for chunk in chunks] == [20, 6, 20, 7]
+        np.testing.assert_allclose(np.concatenate(chunks, axis=1), whole, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("block", "message"),
+        [
+            (None, "execution block: phases"),
+            ({"crossover_tokens": 0}, r"execution block: phases\.crossover_tokens: .* greater than or equal to 1"),
+            ({"crossover": 3}, r"execution block: phases\.crossover"),
+        ],
+    )
+    def test_an_execution_block_that_does_not_say_when_to_switch_is_refused(
+        self, parts: dict[str, Artifact], block: object, message: str
+    ) -> None:
+        artifact = tiny_models.two_phases(**parts, crossover_tokens=8)
+        manifest = artifact.manifest.model_copy(update={"execution": {"phases": block}})
+        with pytest.raises(PipelineError, match=message):
+            OnnxRuntimeRunner(Artifact(manifest, artifact.blobs), ExecutionSpec())
+
+    def test_what_lies_between_its_layers_is_asked_of_the_stages_that_it_comes_from(
+        self, parts: dict[str, Artifact]
+    ) -> None:
+        with pytest.raises(PipelineError, match="look at the stages that they come from"):
+            open_layers(tiny_models.two_phases(**parts, crossover_tokens=8), ExecutionSpec())

@@ -238,3 +238,154 @@ def onnx_artifact(
     )
     manifest = Manifest(format="onnx", components={"model": component}, interface=interface, execution=execution or {})
     return Artifact(manifest, folder)
+
+
+GROUPED = CacheLayout(layers=2, kv_heads=2, head_dim=16)
+GROUPED_HEADS = 4
+
+
+def grouped_query_artifact(
+    folder: Path, *, seed: int = 0, in_place: bool = True, max_length: int = 64, limits_logits: bool = True
+) -> Artifact:
+    """Two layers of com.microsoft's GroupQueryAttention, rotary embedding inside, which can append to its past.
+
+    The mask [B, past + S] says how much is filled. `limits_logits` says whether `logits_to_keep` limits the logits.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(seed)
+    width, narrow, inner = GROUPED_HEADS * GROUPED.head_dim, GROUPED.kv_heads * GROUPED.head_dim, 48
+    nodes, initializers = [], []
+
+    def node(operator: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, inputs, [output], domain=domain, **attributes))
+        return output
+
+    def constant(name: str, array: np.ndarray) -> str:
+        initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def product(x: str, name: str, columns: int, rows: int = width) -> str:
+        weight = (random.normal(size=(rows, columns)) / np.sqrt(rows)).astype(np.float32)
+        return node("MatMul", [x, constant(f"{name}.weight", weight)], name)
+
+    angles = np.arange(max_length)[:, None] / 10000.0 ** (np.arange(0, GROUPED.head_dim, 2) / GROUPED.head_dim)
+    tables = [constant("cos", np.cos(angles).astype(np.float32)), constant("sin", np.sin(angles).astype(np.float32))]
+    one = constant("one", np.array([1]))
+    lengths = node("ReduceSum", ["attention_mask", one], "lengths", keepdims=0)
+    filled = node("Cast", [node("Sub", [lengths, one], "last")], "filled", to=TensorProto.INT32)
+    columns = node("Gather", [node("Shape", ["attention_mask"], "dims"), constant("axis", np.array(1))], "columns")
+    total = node("Cast", [columns], "total", to=TensorProto.INT32)
+    table = constant("embed", random.normal(size=(VOCABULARY, width)).astype(np.float32))
+    x = node("Gather", [table, "input_ids"], "x")
+    caches = []
+    for i in range(GROUPED.layers):
+        q, k, v = (product(x, f"{i}.{n}", c) for n, c in (("q", width), ("k", narrow), ("v", narrow)))
+        past = [f"past_key_values.{i}.{part}" for part in ("key", "value")]
+        present = [f"present.{i}.{part}" for part in ("key", "value")]
+        caches.append((past, present))
+        attention = helper.make_node(
+            "GroupQueryAttention",
+            [q, k, v, *past, filled, total, *tables],
+            [f"{i}.attention", *present],
+            domain="com.microsoft",
+            num_heads=GROUPED_HEADS,
+            kv_num_heads=GROUPED.kv_heads,
+            do_rotary=1,
+        )
+        nodes.append(attention)
+        x = node("Add", [x, product(f"{i}.attention", f"{i}.o", width)], f"{i}.middle")
+        up = node("Tanh", [product(x, f"{i}.up", inner)], f"{i}.act")
+        x = node("Add", [x, product(up, f"{i}.down", width, inner)], f"{i}.out")
+    if limits_logits:
+        first = node("Neg", ["logits_to_keep"], "first")
+        x = node("Slice", [x, first, constant("end", np.array([2**62])), one], "kept")
+    nodes.append(
+        helper.make_node(
+            "MatMul", [x, constant("head", random.normal(size=(width, VOCABULARY)).astype(np.float32))], ["logits"]
+        )
+    )
+
+    def tensor(name: str, element: int, shape: list[Any]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, element, shape)
+
+    def cache_of(names: list[str], length: str) -> list[onnx.ValueInfoProto]:
+        return [tensor(n, TensorProto.FLOAT, ["batch", GROUPED.kv_heads, length, GROUPED.head_dim]) for n in names]
+
+    keep = [tensor("logits_to_keep", TensorProto.INT64, [1])] if limits_logits else []
+    graph = helper.make_graph(
+        nodes,
+        "grouped",
+        [
+            tensor("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            tensor("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            *keep,
+            *(value for past, _ in caches for value in cache_of(past, "past")),
+        ],
+        [
+            tensor("logits", TensorProto.FLOAT, ["batch", "kept", VOCABULARY]),
+            *(value for _, present in caches for value in cache_of(present, "present")),
+        ],
+        initializers,
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    roles = [(f"{part}[{i}]", j, i) for i in range(GROUPED.layers) for j, part in enumerate("kv")]
+    interface = Interface(
+        inputs={
+            "tokens": "input_ids",
+            "mask": "attention_mask",
+            **{f"past.{role}": caches[i][0][j] for role, j, i in roles},
+        },
+        outputs={"logits": "logits", **{f"present.{role}": caches[i][1][j] for role, j, i in roles}},
+        cache=GROUPED.model_copy(update={"in_place": in_place}),
+        vocab_size=VOCABULARY,
+        max_length=max_length,
+        logits_to_keep="logits_to_keep" if limits_logits else None,
+    )
+    component = Component(format="onnx", files={"model.onnx": entry_of(path)})
+    return Artifact(Manifest(format="onnx", components={"model": component}, interface=interface), folder)
+
+
+def two_phases(prefill: Artifact, decode: Artifact, *, crossover_tokens: int) -> Artifact:
+    """One artifact of both graphs."""
+    components = {"prefill": prefill.component, "decode": decode.component}
+    execution = {"phases": {"crossover_tokens": crossover_tokens}}
+    update = {"components": components, "execution": execution}
+    return Artifact(prefill.manifest.model_copy(update=update), prefill.blobs)
+
+
+class Concatenating:
+    """Plain sessions of artifacts' graphs, and one cache of arrays that each step hands to the next."""
+
+    def __init__(self, **artifacts: Artifact) -> None:
+        import onnxruntime
+
+        self.interface = next(iter(artifacts.values())).interface
+        self.sessions = {
+            name: onnxruntime.InferenceSession(artifact.locate(artifact.component.files["model.onnx"]))
+            for name, artifact in artifacts.items()
+        }
+        self.past: dict[str, np.ndarray] = {}
+        self.length = 0
+
+    def step(self, name: str, tokens: np.ndarray) -> np.ndarray:
+        """Logits [B, S, V] of these tokens after those of the steps before."""
+        batch, count = tokens.shape
+        layout, inputs = self.interface.cache, self.interface.inputs
+        assert layout is not None
+        feeds = {"input_ids": tokens, "attention_mask": np.ones((batch, self.length + count), np.int64)}
+        if self.interface.logits_to_keep is not None:
+            feeds["logits_to_keep"] = np.array([count])
+        for role in [role for role in inputs if role.startswith("past.")]:
+            empty = np.empty((batch, layout.kv_heads, 0, layout.head_dim), np.float32)
+            feeds[inputs[role]] = self.past.get(role, empty)
+        roles, names = zip(*self.interface.outputs.items(), strict=True)
+        found = dict(zip(roles, self.sessions[name].run(list(names), feeds), strict=True))
+        self.past = {role.replace("present", "past"): value for role, value in found.items() if role != "logits"}
+        self.length += count
+        logits: np.ndarray = found["logits"]
+        return logits
