@@ -34,7 +34,7 @@ class Converted:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The variables of a process of another environment: threads, nothing from the network, this repository's modules."""
+    """The variables of a process of another environment: threads, no network, this repository's modules."""
     from pipeline.parent import worker_environment
 
     return {**worker_environment(threads), "PYTHONPATH": str(ROOT)}

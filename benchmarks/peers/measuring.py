@@ -32,6 +32,9 @@ POINTS = (
     Point(kind="decode", batch=1, prompt=PROMPT, new_tokens=NEW_TOKENS),
 )
 
+FIRST_PROMPTS, CONTINUED_PROMPTS = 48, 16
+"""Prompts that are scored, and how many of them with the tokens that follow."""
+
 WARM_UPS_S = 300.0
 """For the warm-ups of all launches, as a run with ten times so many seconds has it."""
 
@@ -119,7 +122,7 @@ def measure_speed(
 
 def _stage(candidate: Candidate, threads: int) -> StageToMeasure:
     """The candidate as the launcher knows stages; its files are no artifact's, so the artifact is empty."""
-    execution = {"compile": {}} if candidate.compiles else {}
+    execution: dict[str, Any] = {"compile": {}} if candidate.compiles else {}
     manifest = Manifest(format="peer", components={}, interface=Interface(), execution=execution)
     return StageToMeasure(candidate.name, Artifact(manifest, Path()), ExecutionSpec(threads=threads))
 
@@ -207,7 +210,7 @@ def _score(worker: CandidateWorker, candidate: Candidate, texts: Texts, folder: 
             kept=tuple(range(sum(w.end - w.first for w in windows))),
         )
         answers.append(Scored.model_validate(worker.ask("score", work=work.model_dump(mode="json"))))
-    return Quality(*answers, perplexity=perplexity(np.load(own / NLL)) or float("nan"))
+    return Quality(answers[0], answers[1], perplexity=perplexity(np.load(own / NLL)) or float("nan"))
 
 
 def _plain(name: str) -> str:

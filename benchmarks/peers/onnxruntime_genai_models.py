@@ -14,18 +14,11 @@ if TYPE_CHECKING:
 
 def convert(checkpoint: Path, folder: Path, *, block_size: int = 32, accuracy_level: int = 4) -> None:
     """Write the builder's files, matrices in int4."""
-    from onnxruntime_genai.models.builder import create_model
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-    create_model(
-        "",
-        str(checkpoint),
-        str(folder),
-        "int4",
-        "cpu",
-        str(folder / "cache"),
-        int4_block_size=str(block_size),
-        int4_accuracy_level=str(accuracy_level),
-    )
+    where = ("", str(checkpoint), str(folder), "int4", "cpu", str(folder / "cache"))
+    given = [f"int4_block_size={block_size}", f"int4_accuracy_level={accuracy_level}"]
+    create_model(*where, **parse_extra_options(*where, given))
 
 
 def load(folder: Path, checkpoint: Path, threads: int) -> Running:

@@ -14,7 +14,7 @@ MODEL = "openvino_model.xml"
 
 
 def convert(checkpoint: Path, folder: Path, *, bits: int = 4, group_size: int = 128) -> None:
-    """Write OpenVINO's files, with a cache inside the model; matrices in `bits`, embedding and head as NNCF has them."""
+    """Write OpenVINO's files, the cache inside the model: matrices in `bits`, embedding and head as NNCF has them."""
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     quantization = OVWeightQuantizationConfig(bits=bits, group_size=group_size, ratio=1.0)

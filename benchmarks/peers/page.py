@@ -119,8 +119,8 @@ def render(page: Page) -> str:
         "",
         "## Conversion",
         "",
-        "From the checkpoint in float32 to what the tool runs, in a process of its own, its start and its imports included.",
-        "Memory is anonymous and shared memory of the process and its descendants at its highest.",
+        "From the checkpoint in float32 to what the tool runs, in a process of its own, its start included. Memory",
+        "is anonymous and shared memory of the process and its descendants at its highest.",
         "",
         *table(
             ("", "seconds", "peak memory", "written"),

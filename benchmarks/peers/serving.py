@@ -37,7 +37,9 @@ REST_CAP_S = 2.0
 class CandidateWorker(Worker):
     """A process that loads one candidate in its own environment."""
 
-    def __init__(self, candidate: Candidate, python: Path, folder: Path, checkpoint: Path, threads: int, log: Path):
+    def __init__(
+        self, candidate: Candidate, log: Path, *, python: Path, folder: Path, checkpoint: Path, threads: int
+    ) -> None:
         self._python = python
         self._candidate = {
             "adapter": candidate.adapter,

@@ -64,7 +64,9 @@ def test_a_model_that_the_names_do_not_describe_is_refused(change):
 def rotated_by_halves(vector, angles):
     """As transformers rotates a head [D]: element i with element i + D/2."""
     first, second = np.split(vector, 2)
-    return np.concatenate([first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)])
+    return np.concatenate(
+        [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
+    )
 
 
 def rotated_by_pairs(vector, angles):

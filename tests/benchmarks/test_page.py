@@ -51,7 +51,9 @@ def test_a_table_has_a_row_for_each_and_numbers_to_the_right():
 
 
 def test_speeds_are_shown_with_intervals_and_how_many_times_as_fast_ours_is():
-    assert "| other | 350 (340–360) | 2.00 (1.90–2.10) | 33.0 (30.0–35.0) | 2.00 (1.80–2.20) | – | – | – |" in lines_of(PAGE)
+    assert "| other | 350 (340–360) | 2.00 (1.90–2.10) | 33.0 (30.0–35.0) | 2.00 (1.80–2.20) | – | – | – |" in lines_of(
+        PAGE
+    )
 
 
 def test_our_artifact_is_not_compared_with_itself():

@@ -69,6 +69,6 @@ def test_a_conversion_is_held_to_its_share_of_the_next_best(own, met):
 
 
 def test_a_conversion_that_takes_too_much_is_told_how_many_times_too_much():
-    assert "2.0 times what the target allows" in judge_conversion(
-        "memory", 2.0, {"a": 10.0}, share=1 / 10, unit="GB"
-    ).why
+    assert (
+        "2.0 times what the target allows" in judge_conversion("memory", 2.0, {"a": 10.0}, share=1 / 10, unit="GB").why
+    )

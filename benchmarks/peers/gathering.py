@@ -1,0 +1,202 @@
+"""The page's contents, out of what the steps have kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import targets
+from benchmarks.peers.candidates import BEST, FP32, NEW_TOKENS, PROMPT, Candidate
+from benchmarks.peers.converting import RECORD, Converted
+from benchmarks.peers.measuring import CONTINUED_PROMPTS, FIRST_PROMPTS, POINTS, Quality, speed_ratios
+from benchmarks.peers.page import ConversionRow, Page, QualityRow, Row
+from pipeline.hardware.host import Host
+from pipeline.measure.samples import Sample
+from pipeline.measure.scoring import Scored
+from pipeline.measure.statistics import Interval, speed_figures
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the steps have left: their results as they were written, and where the conversions lie."""
+
+    candidates: Sequence[Candidate]
+    speed: dict[str, Any]
+    large: dict[str, Any]
+    tiny: dict[str, Any]
+    work: Path
+    """The folder of the large model: its checkpoint and conversions."""
+
+
+def gather(kept: Kept, host: Host, *, threads: int, reason: str) -> Page:
+    """All that the page says. `reason` is Markdown on what the operators' times say."""
+    samples = [Sample.model_validate(fields) for fields in kept.speed["samples"]]
+    rows = _rows(kept, samples)
+    conversions = _conversions(kept)
+    rates = sorted(kept.speed["bandwidth_gb_per_s"])
+    figures = speed_figures(samples, baseline=BEST, parents={BEST: None})
+    return Page(
+        best=BEST,
+        model=_model(kept.work / "checkpoint"),
+        date=kept.speed["date"],
+        host=f"{host.cpu_model}, {threads} threads",
+        how=_how(kept.speed, len({sample.round for sample in samples})),
+        rows=rows,
+        noise={
+            floor.kind: Interval(median=1.0, low=floor.ratio_low, high=floor.ratio_high)
+            for floor in figures.noise_floor
+        },
+        bandwidth=Interval(median=rates[len(rates) // 2], low=rates[0], high=rates[-1]),
+        conversions=conversions,
+        trained=[_quality_row(candidate, kept.tiny) for candidate in kept.candidates],
+        verdicts=_verdicts(rows, conversions),
+        remarks=_remarks(rows),
+        missing={row.name: row.failure for row in rows if row.failure},
+        versions={**kept.large["versions"], "Python": ".".join(map(str, sys.version_info[:3]))},
+        reason=reason,
+    )
+
+
+def _rows(kept: Kept, samples: Sequence[Sample]) -> list[Row]:
+    names = [candidate.name for candidate in kept.candidates]
+    figures = speed_figures(samples, baseline=BEST, parents=dict.fromkeys(names))
+    ratios = speed_ratios(samples, [name for name in names if name != BEST])
+    rows = []
+    for candidate in kept.candidates:
+        name = candidate.name
+        at = {point.kind: point.tokens_per_s for point in figures.stages.get(name, ())}
+        over = {
+            point.kind: Interval(median=ratio.ratio, low=ratio.low, high=ratio.high)
+            for point in POINTS
+            if (ratio := ratios.get((name, point))) is not None
+        }
+        fields = kept.large["quality"].get(name)
+        quality = quality_of(fields) if fields else None
+        rows.append(
+            Row(
+                name=name,
+                is_ours=candidate.is_ours,
+                prefill=at.get("prefill"),
+                decode=at.get("decode"),
+                prefill_ratio=over.get("prefill"),
+                decode_ratio=over.get("decode"),
+                first_divergence=quality.first.kl_divergence if quality else None,
+                following_divergence=quality.following.kl_divergence if quality else None,
+                agreement=quality.following.top1_agreement if quality else None,
+                memory_bytes=kept.speed["memory_bytes"].get(name),
+                load_s=kept.speed["load_s"].get(name),
+                failure=kept.speed["failures"].get(name) or kept.large["failures"].get(name),
+            )
+        )
+    return rows
+
+
+def _conversions(kept: Kept) -> list[ConversionRow]:
+    found: dict[str, ConversionRow] = {}
+    for candidate in kept.candidates:
+        conversion = candidate.conversion
+        if conversion is None or conversion.folder in found:
+            continue
+        made = Converted(**json.loads((kept.work / conversion.folder / RECORD).read_text()))
+        if made.error is None:
+            found[conversion.folder] = ConversionRow(
+                candidate.name, candidate.is_ours, made.wall_s, made.peak_memory_bytes, made.size_bytes
+            )
+    return list(found.values())
+
+
+def _quality_row(candidate: Candidate, tiny: dict[str, Any]) -> QualityRow:
+    name = candidate.name
+    if name not in tiny["quality"]:
+        return QualityRow(name, failure=tiny["failures"].get(name, "not scored"))
+    quality = quality_of(tiny["quality"][name])
+    return QualityRow(
+        name,
+        first_divergence=quality.first.kl_divergence,
+        following_divergence=quality.following.kl_divergence,
+        agreement=quality.following.top1_agreement,
+        perplexity=quality.perplexity,
+    )
+
+
+def quality_fields(quality: Quality) -> dict[str, Any]:
+    return {
+        "first": quality.first.model_dump(),
+        "following": quality.following.model_dump(),
+        "perplexity": quality.perplexity,
+    }
+
+
+def quality_of(fields: dict[str, Any]) -> Quality:
+    return Quality(
+        Scored.model_validate(fields["first"]), Scored.model_validate(fields["following"]), fields["perplexity"]
+    )
+
+
+def _model(checkpoint: Path) -> str:
+    config = json.loads((checkpoint / "config.json").read_text())
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return (
+        f"A Llama of {size / 4e9:.1f} billion parameters: {config['num_hidden_layers']} layers, hidden "
+        f"{config['hidden_size']}, intermediate {config['intermediate_size']}, {config['num_attention_heads']} heads, "
+        f"{config['num_key_value_heads']} of keys and values, vocabulary {config['vocab_size']:,}; random weights with "
+        f"outlier channels, a checkpoint of {size / 1e9:.1f} GB in float32."
+    )
+
+
+def _how(speed: dict[str, Any], rounds: int) -> list[str]:
+    return [
+        f"Prompts of {PROMPT} tokens, then {NEW_TOKENS} single tokens, batch 1, all of them fed: every candidate "
+        f"computes the same tokens. Each runs in a process of its own, idle while another runs; {rounds} rounds in "
+        f"{speed['launches']} launches, the order drawn anew, blocks, visits and intervals as in "
+        f"[measurement](measurement.md). The whole took {speed['wall_s'] / 60:.0f} minutes.",
+        f"Divergence is the mean KL (nats) from {FP32.name} on the same tokens, as the model is used: the first token "
+        f"after each of {FIRST_PROMPTS} prompts, which prefill predicts, and the {NEW_TOKENS} tokens after that of "
+        f"{CONTINUED_PROMPTS} of them, which steps of decode predict. Log-probabilities are compared in float16, which "
+        "resolves about 1e-6. `top-1` is the share of the following tokens with the same most likely token.",
+    ]
+
+
+def _peers(rows: Sequence[Row], kind: str) -> list[targets.Peer]:
+    divergence = {"prefill": "first_divergence", "decode": "following_divergence"}[kind]
+    return [
+        targets.Peer(row.name, speed.median, ratio, getattr(row, divergence))
+        for row in rows
+        if not row.is_ours
+        and (speed := getattr(row, kind)) is not None
+        and (ratio := getattr(row, f"{kind}_ratio")) is not None
+    ]
+
+
+def _verdicts(rows: Sequence[Row], conversions: Sequence[ConversionRow]) -> list[targets.Verdict]:
+    best = next(row for row in rows if row.name == BEST)
+    found = []
+    if peers := _peers(rows, "prefill"):
+        found.append(targets.judge_speed("prefill", peers, best.first_divergence))
+        found.append(targets.judge_speed("decode", _peers(rows, "decode"), best.following_divergence))
+    own = next((c for c in conversions if c.name == BEST), None)
+    others = [c for c in conversions if not c.is_ours]
+    if own is not None and others:
+        seconds = {c.name: c.wall_s for c in others}
+        gigabytes = {c.name: c.peak_memory_bytes / 1e9 for c in others}
+        time_share, memory_share = targets.TIME_SHARE, targets.MEMORY_SHARE
+        found += [
+            targets.judge_conversion("conversion time", own.wall_s, seconds, share=time_share, unit="s"),
+            targets.judge_conversion(
+                "conversion memory", own.peak_memory_bytes / 1e9, gigabytes, share=memory_share, unit="GB"
+            ),
+        ]
+    return found
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    best = next(row for row in rows if row.name == BEST)
+    found = [
+        targets.judge_worse("prefill", _peers(rows, "prefill"), best.first_divergence),
+        targets.judge_worse("decode", _peers(rows, "decode"), best.following_divergence),
+    ]
+    return [f"{remark[0].upper()}{remark[1:]}." for remark in found if remark]
