@@ -55,6 +55,9 @@ SEED = 0
 BUILD = {"llama_cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "PIP_NO_BINARY": "llama-cpp-python"}}
 """Variables under which an environment's packages are installed."""
 
+UNWANTED = {"openvino": ("torchvision",)}
+"""What comes along in an environment and keeps its tool from being imported: there is no such build beside torch's."""
+
 SHOWN = (
     "llama_cpp_python", "llama-cpp-python", "gguf", "openvino", "nncf", "optimum", "optimum-intel", "onnxruntime",
     "onnxruntime-genai", "olive-ai", "torch", "transformers",
@@ -89,6 +92,8 @@ class Comparison:
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
             install = [str(python), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS / f"{name}.txt")]
             subprocess.run(install, check=True, env={**os.environ, **BUILD.get(name, {})})
+            if name in UNWANTED:
+                subprocess.run([str(python), "-m", "pip", "uninstall", "--yes", *UNWANTED[name]], check=True)
         return python
 
     def checkpoint(self, model: str) -> Path:

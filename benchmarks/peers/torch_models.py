@@ -73,7 +73,7 @@ class Torch(Running):
         import torch
 
         length = tokens.shape[1]
-        with torch.inference_mode():
+        with torch.no_grad():  # compiled code may not write into the cache as tensors of inference_mode
             found = self._model(
                 input_ids=torch.from_numpy(tokens),
                 position_ids=torch.arange(past, past + length)[None],
