@@ -134,6 +134,7 @@ class Prediction(Frozen):
     conversion_bytes: int | None = Field(
         None, description="peak of the pass's process, anonymous + shared; None: the pass does not know"
     )
+    written_bytes: int | None = Field(None, description="of weights that it writes; None: those that are changed")
 
 
 class Load(NamedTuple):

@@ -46,13 +46,20 @@ def __getattr__(name: str) -> Any:
 def load_onnx(artifact: Artifact, component: str = MAIN_COMPONENT) -> ir.Model:
     """The graph of an ONNX component, its external initializers mapped.
 
-    Raises: PipelineError where the component has no ONNX graph, or the graph names bytes that the manifest does not.
+    Raises: PipelineError where there is no such component, it has no ONNX graph, or the graph names bytes that the
+    manifest does not.
     """
     import onnx_ir as ir
 
     from pipeline.stored_tensor import StoredTensor
 
-    part = artifact.manifest.components[component]
+    part = artifact.manifest.components.get(component)
+    if part is None:
+        names = ", ".join(sorted(artifact.manifest.components))
+        raise PipelineError(
+            f"the artifact's components are {names}, and none is {component!r}",
+            hint="a pass that takes one graph goes before those that put several together",
+        )
     if ONNX_FILE not in part.files:
         raise PipelineError(f"component {component!r} has format {part.format!r}, not onnx")
     path = artifact.locate(part.files[ONNX_FILE])

@@ -31,7 +31,7 @@ from pipeline.memory_estimate import (
 from pipeline.models import Source, source_artifact
 from pipeline.models.architecture import library_versions
 from pipeline.models.source import calibration_text, reading_digest
-from pipeline.plugin import Pass, PassParams, Registry, code_digest
+from pipeline.plugin import Pass, PassParams, Registry, StageRef, code_digest
 from pipeline.recipe import Recipe, Stage, validate
 from pipeline.recipe.schema import SOURCE
 from pipeline.report.schema import PredictedMemory
@@ -325,6 +325,12 @@ def _plan_stage(
     params = _absolute_paths(validate(found.Params, stage.params, recipe.positions, where), recipe, where)
     accepts, produces = found.formats(params)
     parent = planned[stage.parent]
+    try:
+        read = {role: StageRef(name, planned[name].produces) for role, name in stage.inputs.items()}
+        found.check_stages(StageRef(parent.name, parent.produces), read)
+    except RecipeError as error:
+        location = recipe.location(*where, "inputs")
+        raise RecipeError(f"{stage.name}: {error.message}", hint=error.hint, location=location) from None
     if parent.produces not in accepts:
         raise RecipeError(
             f"{stage.name}: the pass {found.name!r} takes {' or '.join(sorted(accepts))}, "
@@ -457,7 +463,9 @@ def _predictions(
             found = registry.load(stage.pass_name)
             before = sizes[stage.parent]
             try:
-                prediction = found.predict(found.Params.model_validate_json(json.dumps(stage.params)), before)
+                params = found.Params.model_validate_json(json.dumps(stage.params))
+                inputs = {role: sizes[read] for role, read in stage.inputs.items()}
+                prediction = found.predict_from(params, before, inputs)
             except Exception as error:  # a stranger's pass may raise anything, and an estimate must not stop a plan
                 doubts.append(f"{name}: the pass cannot foresee its memory: {type(error).__name__}: {error}")
                 prediction = Prediction(model=before.model_copy(update={"format": stage.produces}))
@@ -476,6 +484,8 @@ def _predictions(
 def _written_bytes(before: ModelSize, prediction: Prediction) -> int:
     """Bytes of the weights that a pass writes: those that change. One that foresees nothing may write them all anew."""
     after = prediction.model
+    if prediction.written_bytes is not None:
+        return prediction.written_bytes
     if prediction.conversion_bytes is None:
         return before.weights_bytes
     if after.prepacked and not before.prepacked:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,6 +46,13 @@ class Requires(Frozen):
     programs: tuple[str, ...] = Field((), description="on the PATH; alternatives parted by |, e.g. g++|clang++")
 
 
+class StageRef(NamedTuple):
+    """A stage that a pass is to read, before anything runs: its name, and the format of what it yields."""
+
+    name: str
+    format: str
+
+
 class Pass(ABC):
     """Turns an artifact into a new one. The first line of a subclass's docstring is what `pipeline passes` shows."""
 
@@ -57,6 +64,8 @@ class Pass(ABC):
     depends_on: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[Requires] = Requires()
     deterministic: ClassVar[bool] = True
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Roles of the further stages that an entry's `inputs` has to name; a pass that says none takes any."""
 
     class Params(PassParams):
         """No parameters."""
@@ -91,6 +100,17 @@ class Pass(ABC):
         return tuple(asked()) if callable(asked) else cls.depends_on
 
     @classmethod
+    def check_stages(cls, parent: StageRef, inputs: Mapping[str, StageRef]) -> None:
+        """Say whether the pass can read the stage that it comes after and, by role, those that its entry's `inputs`
+        name. That the parent's format is accepted is checked apart.
+
+        Default: a pass that says its `roles` is given all of these and no others.
+
+        Raises: RecipeError where it cannot.
+        """
+        check_roles(cls.roles, inputs)
+
+    @classmethod
     def predict(cls, params: Any, model: ModelSize) -> Prediction:
         """What becomes of a model of this size, and the memory that making it takes. Nothing heavy is imported here.
 
@@ -99,8 +119,25 @@ class Pass(ABC):
         return Prediction(model=model.model_copy(update={"format": cls.formats(params)[1]}))
 
     @classmethod
+    def predict_from(cls, params: Any, model: ModelSize, inputs: Mapping[str, ModelSize]) -> Prediction:
+        """What `predict` says, for a pass that also reads models of these sizes, by role. Default: it ignores them."""
+        return cls.predict(params, model)
+
+    @classmethod
     def summary(cls) -> str:
         return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def check_roles(roles: Iterable[str], inputs: Mapping[str, object]) -> None:
+    """Raises: RecipeError where `inputs` lacks one of the roles, or has another, and there are roles at all."""
+    wanted = tuple(roles)
+    missing = [role for role in wanted if role not in inputs]
+    unknown = [role for role in inputs if role not in wanted] if wanted else []
+    if missing or unknown:
+        what = [f"lacks {' and '.join(missing)}"] if missing else []
+        what += [f"has {' and '.join(unknown)}, which it does not read"] if unknown else []
+        example = ", ".join(f"{role}: STAGE" for role in wanted)
+        raise RecipeError(f"its `inputs` {' and '.join(what)}", hint=f"write `inputs: {{{example}}}`")
 
 
 @dataclass(frozen=True)

@@ -262,8 +262,8 @@ evaluate:
 """
 
 
-def plan_of_architecture(store: Store, *overrides: str, **changes: Any) -> Plan:
-    recipe = recipe_from_text(WHOLE, file="r.yaml", folder=Path(), overrides=overrides)
+def plan_of_architecture(store: Store, *overrides: str, text: str = WHOLE, **changes: Any) -> Plan:
+    recipe = recipe_from_text(text, file="r.yaml", folder=Path(), overrides=overrides)
     host: Host = changes.pop("host", describe_host())
     assert recipe.model.architecture is not None
     source = find_source(
@@ -284,6 +284,48 @@ def test_a_stage_without_a_cache_is_refused_where_prompts_and_single_tokens_are_
         plan_of_architecture(store, "evaluate.workload={prompt_lengths: [16], new_tokens: 8}")
     assert "r.yaml:9" in str(caught.value)
     assert "forward" in str(caught.value)
+
+
+PHASES = (
+    WHOLE.partition("passes:")[0]
+    + """passes:
+  - pass: export_onnx
+  - pass: quantize_weights
+    name: int4
+  - pass: split_phases
+    inputs: {prefill: export_onnx, decode: int4}
+evaluate:
+  workload: {prompt_lengths: [16], new_tokens: 8}
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("prefill: export_onnx, ", "", r"r.yaml:13:5: split_phases: its `inputs` lacks prefill\n  write `inputs: "),
+        ("prefill:", "prefil:", r"r.yaml:13:5: split_phases: .* lacks prefill and has prefil, which it does not read"),
+        ("prefill: export_onnx", "prefill: source", r"inputs.prefill takes an ONNX graph, and .*'source' yields torch"),
+        ("decode: int4", "decode: export_onnx", r"it comes after 'int4', which is neither .*\n  write `after: export_"),
+    ],
+)
+def test_stages_that_a_pass_cannot_read_are_refused_before_anything_runs(
+    old: str, new: str, expected: str, store: Store
+) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        plan_of_architecture(store, text=PHASES.replace(old, new))
+
+
+def test_memory_is_foreseen_of_all_models_that_a_pass_reads(store: Store) -> None:
+    made = plan_of_architecture(store, text=PHASES)
+    memory = {stage.name: stage.predicted for stage in made.stages}
+    one, other, both = (memory[name] for name in ("export_onnx", "int4", "split_phases"))
+    assert one is not None
+    assert other is not None
+    assert both is not None
+    assert both.weights_bytes >= one.weights_bytes + other.weights_bytes * 0.9
+    assert both.mapped_bytes < one.mapped_bytes + other.mapped_bytes
+    assert made.stage("split_phases").writes_bytes == 0
 
 
 def test_whole_passes_may_not_be_longer_than_the_model(store: Store) -> None:

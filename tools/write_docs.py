@@ -22,7 +22,7 @@ from pipeline.hardware import HardwareProfile, load_profile
 from pipeline.hardware.profile import profile_names
 from pipeline.models.outlier_channels import FAMILIES
 from pipeline.passes_catalogue import Parameter, PassDescription, describe_fields, describe_pass
-from pipeline.plugin import PASSES, Pass, PassParams, Registry, Requires
+from pipeline.plugin import PASSES, RESERVED, Pass, PassParams, Registry, Requires
 from pipeline.recipe.json_schema import group_json_schema, recipe_json_schema
 from pipeline.recipe.library import shipped_groups, shipped_recipes
 from pipeline.recipe.parsing import parse, to_yaml
@@ -240,6 +240,8 @@ def example(d: PassDescription, found: type[Pass]) -> str:
     """An entry of a recipe: required parameters and the first few others, with values that the pass accepts."""
     schema = found.Params.model_json_schema()
     entry: dict[str, Any] = {"pass": d.name}
+    if found.roles:
+        entry["inputs"] = dict.fromkeys(found.roles, "STAGE")
     for name in schema.get("required", ()):
         entry[name] = sample(schema["properties"][name], schema.get("$defs", {}))
     plain_defaults = {
@@ -247,7 +249,7 @@ def example(d: PassDescription, found: type[Pass]) -> str:
     }
     fuller = {**entry, **dict(list(plain_defaults.items())[:SHOWN])}
     try:
-        found.Params.model_validate_json(json.dumps({k: v for k, v in fuller.items() if k != "pass"}))
+        found.Params.model_validate_json(json.dumps({k: v for k, v in fuller.items() if k not in RESERVED}))
     except ValueError:  # some exclude each other when they are written out
         fuller = entry
     return to_yaml([fuller])

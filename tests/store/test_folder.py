@@ -72,6 +72,46 @@ def test_the_copy_does_not_need_the_store(artifact: Artifact, store: Store, tmp_
     assert read_folder(tmp_path / "model").tensor("W").sum() == WEIGHT.sum()
 
 
+@pytest.fixture
+def two(artifact: Artifact, store: Store) -> Artifact:
+    """Two components of the same graph and weights, one of which has a further file."""
+    with store.staging() as staging:
+        entry = OutputWriter(staging).file("note.json", b"{}")
+        other = artifact.component.model_copy(update={"files": {**artifact.component.files, "note.json": entry}})
+        components = {"prefill": artifact.component, "decode": other}
+        return store.publish(staging, artifact.manifest.model_copy(update={"components": components}))
+
+
+def test_several_graphs_share_one_file_of_weights(two: Artifact, tmp_path: Path) -> None:
+    import onnxruntime
+
+    materialize(two, tmp_path / "model")
+    files = {str(p.relative_to(tmp_path / "model")) for p in (tmp_path / "model").rglob("*") if p.is_file()}
+    assert files == {"config.json", "prefill.onnx", "decode.onnx", "decode/note.json", "model.onnx.data", MANIFEST}
+    assert (tmp_path / "model" / "model.onnx.data").stat().st_size == WEIGHT.nbytes
+    for part in ("prefill", "decode"):
+        session = onnxruntime.InferenceSession(str(tmp_path / "model" / f"{part}.onnx"))
+        np.testing.assert_array_equal(session.run(None, {"x": np.eye(2, 32, dtype=np.float32)})[0], WEIGHT[:2])
+
+
+def test_several_graphs_are_read_back_as_they_were(two: Artifact, tmp_path: Path) -> None:
+    materialize(two, tmp_path / "model")
+    found = read_folder(tmp_path / "model")
+    assert set(found.manifest.components) == {"prefill", "decode"}
+    for part in found.manifest.components:
+        np.testing.assert_array_equal(found.tensor("W", part), WEIGHT)
+    note = found.manifest.components["decode"].files["note.json"]
+    assert found.locate(note) == tmp_path / "model" / "decode" / "note.json"
+
+
+@pytest.mark.parametrize("name", ["prefill.onnx", "model.onnx.data"])
+def test_a_companion_cannot_take_the_place_of_a_graph_or_its_weights(name: str, two: Artifact, tmp_path: Path) -> None:
+    files = {**two.manifest.files, name: two.manifest.files["config.json"]}
+    both = Artifact(two.manifest.model_copy(update={"files": files}), two.blobs)
+    with pytest.raises(PipelineError, match=f"two files of the artifact would be called {name}"):
+        materialize(both, tmp_path / "model")
+
+
 def test_a_folder_that_is_there_is_not_overwritten(artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(FileExistsError):
