@@ -11,7 +11,7 @@ its source for the host's instruction sets, which takes a quarter of an hour on 
 A tool converts the checkpoint in a process that is watched (`convert`). Then every candidate is scored against torch in
 float32, as it is used: the prompt in one pass, each token after it in a step (`quality`), on this model and on
 llama2-tiny. Then all of them take turns in shuffled rounds (`speed`). What a step found lies in WORK; a step that is
-run again finds conversions already made.
+run again finds conversions already made. `operators` asks ONNX Runtime's profiler where our time goes.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ from benchmarks.peers.measuring import (  # noqa: E402
     measure_speed,
     text_tokens,
 )
-from benchmarks.peers.ours import RECIPE  # noqa: E402
+from benchmarks.peers.ours import RECIPE, exported  # noqa: E402
 from benchmarks.peers.page import render  # noqa: E402
 from benchmarks.peers.serving import CandidateWorker  # noqa: E402
 from pipeline.hardware.host import describe_host  # noqa: E402
 
 TINY = ROOT / "pipeline" / "models" / "builtin" / "llama2-tiny"
 REQUIREMENTS = Path(__file__).parent / "peers" / "requirements"
-STEPS = ("convert", "quality", "speed", "page")
+MODELS = ("tiny", "large")
+STEPS = ("convert", "quality", "speed", "operators", "page")
 SEED = 0
 BUILD = {"llama_cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "PIP_NO_BINARY": "llama-cpp-python"}}
 """Variables under which an environment's packages are installed."""
@@ -74,6 +75,7 @@ class Comparison:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.overrides: list[str] = options.set
         self.threads = describe_host().physical_cores
+        self.models: list[str] = options.models
         self.launches: int = options.launches
         self.rounds: int = options.rounds
         wanted = [part.lower() for part in options.only or [""]]
@@ -168,11 +170,11 @@ class Comparison:
     # Steps
 
     def convert(self) -> None:
-        for model in ("tiny", "large"):
+        for model in self.models:
             self.converted(model)
 
     def quality(self) -> None:
-        for model in ("tiny", "large"):
+        for model in self.models:
             candidates, missing = self.ready(model)
             folder = self.work / model / "scoring"
             folder.mkdir(parents=True, exist_ok=True)
@@ -225,6 +227,13 @@ class Comparison:
         fields["failures"] = {**missing, **found.failures}
         self.keep("speed", {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "launches": self.launches, **fields})
 
+    def operators(self) -> None:
+        best = next(c.conversion for c in self.candidates if c.name == BEST and c.conversion)
+        model = exported(self.work / "large" / best.folder)
+        command = [sys.executable, "-P", "-m", "benchmarks.peers.operators", str(model), str(self.threads)]
+        done = subprocess.run(command, check=True, env=environment(self.threads), stdout=subprocess.PIPE, text=True)
+        self.keep("operators", json.loads(done.stdout))
+
     def page(self) -> None:
         path = ROOT / "docs" / "peers.md"
         reason = self.work / "reason.md"
@@ -233,6 +242,7 @@ class Comparison:
             speed=self.kept("speed"),
             large=self.kept("quality-large"),
             tiny=self.kept("quality-tiny"),
+            operators=self.kept("operators"),
             work=self.work / "large",
         )
         found = gather(
@@ -277,6 +287,7 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, help="folder of the tools' environments (default: in WORK)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--only", nargs="+", metavar="PART", help="candidates whose names have one of these in them")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="to convert and to score")
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=4, help="of each launch")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the checkpoint's recipe")

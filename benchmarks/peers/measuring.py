@@ -32,7 +32,7 @@ POINTS = (
     Point(kind="decode", batch=1, prompt=PROMPT, new_tokens=NEW_TOKENS),
 )
 
-FIRST_PROMPTS, CONTINUED_PROMPTS = 48, 16
+FIRST_PROMPTS, CONTINUED_PROMPTS = 32, 8
 """Prompts that are scored, and how many of them with the tokens that follow."""
 
 WARM_UPS_S = 300.0

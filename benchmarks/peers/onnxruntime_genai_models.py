@@ -17,7 +17,7 @@ def convert(checkpoint: Path, folder: Path, *, block_size: int = 32, accuracy_le
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     where = ("", str(checkpoint), str(folder), "int4", "cpu", str(folder / "cache"))
-    given = [f"int4_block_size={block_size}", f"int4_accuracy_level={accuracy_level}"]
+    given = [f"block_size={block_size}", f"accuracy_level={accuracy_level}"]
     create_model(*where, **parse_extra_options(*where, given))
 
 

@@ -32,4 +32,9 @@ def load(folder: Path, checkpoint: Path, threads: int) -> CausalLMRunner:
     """The model that the run exported."""
     from pipeline.runtime import load_model
 
-    return load_model(folder / RUNS / RECIPE.stem / "latest" / "model", threads=threads)
+    return load_model(exported(folder), threads=threads)
+
+
+def exported(folder: Path) -> Path:
+    """The model folder that the run in `folder` exported."""
+    return folder / RUNS / RECIPE.stem / "latest" / "model"

@@ -10,6 +10,9 @@ from pipeline.measure.statistics import Interval
 
 DASH = "–"
 
+LEAST_SHARE = 0.01
+"""Of a call's time; operators with less are shown together."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -71,6 +74,8 @@ class Page:
     remarks: Sequence[str] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    operators: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Seconds of a call of our best artifact by operator, for each kind of call."""
     reason: str = ""
     """What the operators' times say of a target that is missed; Markdown."""
 
@@ -93,6 +98,7 @@ def render(page: Page) -> str:
         *[line for remark in page.remarks for line in ("", remark)],
         *(["", page.reason] if page.reason else []),
         "",
+        *_operators(page),
         "## Speed and divergence",
         "",
         f"Tokens per second with 95 % intervals; `{page.best} ×` is how many times as fast {page.best} is.",
@@ -144,6 +150,26 @@ def render(page: Page) -> str:
         parts += ["## Left out", "", *[f"- {name}: {why}" for name, why in page.missing.items()], ""]
     parts += ["## Versions", "", ", ".join(f"{name} {version}" for name, version in page.versions.items()) + ".", ""]
     return "\n".join(parts)
+
+
+def _operators(page: Page) -> list[str]:
+    """Where the time of our best artifact goes."""
+    if not page.operators:
+        return []
+    lines = [
+        "### Where the time goes",
+        "",
+        f"Of {page.best}, by operator, in ONNX Runtime's profiler: medians of the nodes' times, summed. A prefill is "
+        "one prompt.",
+        "",
+    ]
+    for kind, seconds in page.operators.items():
+        total = sum(seconds.values())
+        shown = [(name, took) for name, took in seconds.items() if took >= LEAST_SHARE * total]
+        rest = total - sum(took for _, took in shown)
+        rows = [(name, f"{1e3 * took:.2f}", f"{took / total:.0%}") for name, took in [*shown, ("all others", rest)]]
+        lines += [*table((kind, "ms", "share"), rows), ""]
+    return lines
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int | None = None) -> list[str]:

@@ -37,6 +37,7 @@ PAGE = Page(
     conversions=[ConversionRow("ours", True, 12.3, 400_000_000, 700_000_000)],
     trained=[QualityRow("ours", 0.001, 0.002, 0.99, 12.3456), QualityRow("broken", failure="no")],
     verdicts=[Verdict("be fast", True, "2 times"), Verdict("be small", False, "half as small")],
+    operators={"decode": {"MatMulNBits": 0.009, "Attention": 0.00095, "Cast": 0.00005}},
     missing={"broken": "it does not load"},
     versions={"other": "1.2"},
 )
@@ -77,6 +78,13 @@ def test_conversions_memory_and_versions_are_told_in_their_units():
     assert "| ours | 12.3 | 0.40 GB | 0.70 GB |" in text
     assert "| ours | 1.50 GB | 1.2 s |" in text
     assert "other 1.2." in text
+
+
+def test_operators_of_less_than_a_hundredth_are_shown_together():
+    lines = lines_of(PAGE)
+    assert "| MatMulNBits | 9.00 | 90% |" in lines
+    assert "| all others | 0.05 | 0% |" in lines
+    assert "| Cast | 0.05 | 0% |" not in lines
 
 
 def test_nothing_left_out_has_no_section():
