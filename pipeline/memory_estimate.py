@@ -18,7 +18,7 @@ from pipeline.report.schema import PredictedMemory
 
 MB = 10**6
 
-RUNTIME_BYTES = {"torch": 288 * MB, "onnx": 98 * MB}
+RUNTIME_BYTES = {"torch": 288 * MB, "onnx": 62 * MB}
 """A worker's process with its libraries before the model's own memory: Python, torch and transformers; or Python, ONNX
 Runtime and a session. By the artifact's format."""
 

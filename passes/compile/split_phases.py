@@ -95,7 +95,7 @@ class SplitPhases(Pass):
         """Both models, with what they share counted once. To measure, both are loaded."""
         made = _together(inputs[PREFILL], inputs[DECODE])
         loaded = 0 if made.prepacked else made.linear.size_bytes + made.head.size_bytes
-        conversion = 25 * 10**6 if params.crossover_tokens else 110 * 10**6 + loaded * 11 // 10
+        conversion = 25 * 10**6 if params.crossover_tokens else 70 * 10**6 + loaded * 11 // 10
         return Prediction(model=made, conversion_bytes=conversion, written_bytes=0)
 
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:

@@ -241,7 +241,7 @@ def ort_value(array: np.ndarray) -> Any:
     import onnxruntime as ort
 
     if array.dtype.type.__module__ == "ml_dtypes":
-        import onnx_ir
+        from onnx import helper
 
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(onnx_ir.DataType.from_numpy(array.dtype)))
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(helper.np_dtype_to_tensor_dtype(array.dtype)))
     return ort.OrtValue.ortvalue_from_numpy(array)

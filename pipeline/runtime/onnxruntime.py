@@ -92,7 +92,6 @@ class OnnxRuntimeRunner:
         """Import all that loading needs, so that a load time does not count it."""
         import ml_dtypes  # noqa: F401
         import onnx  # noqa: F401
-        import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401
 
     @staticmethod
@@ -291,9 +290,9 @@ def _positions(logits: Any, part: slice) -> np.ndarray:
     import ctypes
 
     import numpy as np
-    import onnx_ir
+    from onnx import helper
 
-    dtype = onnx_ir.DataType(logits.element_type()).numpy()
+    dtype = helper.tensor_dtype_to_np_dtype(logits.element_type())
     memory = (ctypes.c_char * logits.tensor_size_in_bytes()).from_address(logits.data_ptr())
     view = np.frombuffer(memory, dtype).reshape(logits.shape())
     return view[:, part].astype(np.float32)
