@@ -83,7 +83,8 @@ def test_it_is_not_exported(result: RunResult) -> None:
 
 def test_what_is_not_to_be_measured_is_made_and_never_loaded(result: RunResult) -> None:
     stage = result.report.stage("unrun")  # it would not load
-    assert (stage.status, stage.reason) == ("ran", None)
+    assert stage.status in {"ran", "cached"}
+    assert stage.reason is None
     assert (stage.speed, stage.quality, stage.load) == (None, None, None)
     assert stage.artifact is not None
     assert stage.effect is not None

@@ -276,4 +276,4 @@ def _together(prefill: ModelSize, decode: ModelSize) -> ModelSize:
         total = old.bytes_per_parameter + new.bytes_per_parameter
         kinds[kind] = new.model_copy(update={"dtype": dtype, "bytes_per_parameter": total})
     tied, prepacked = prefill.tied and decode.tied, prefill.prepacked and decode.prepacked
-    return decode.model_copy(update={**kinds, "tied": tied, "prepacked": prepacked})
+    return decode.model_copy(update={**kinds, "tied": tied, "prepacked": prepacked, "phases": (prefill, decode)})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from passes.export.causal_lm import CausalLM, causal_lm_config, first_cause, take_tokens_alone, traced_causal_lm
+from passes.export.quick_matching import first_node_first
 from passes.export.torchscript import LATEST_OPSET, trace_with_torchscript
 from passes.export.verify import verify_against_torch
 from pipeline import (
@@ -212,7 +213,7 @@ def simplify(model: ir.Model) -> None:
     for value in parameters:
         del graph.initializers[str(value.name)]
         graph.inputs.append(value)
-    with _quiet():
+    with _quiet(), first_node_first():
         optimize_ir(model)
         fuse(model)
         CommonSubexpressionEliminationPass()(model)  # the fusions leave a Cos and a Sin for every use

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import Artifact, PassContext, PipelineError, new_tensor
 
@@ -23,13 +23,43 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
+class ConstantMatrix:
+    """A float matrix as a graph computes it from one that is stored: cast, transposed, its input channels scaled."""
+
+    weight: ir.Value
+    transposed: bool
+    scale: ir.Value | None = None
+    """Factors of the K input channels, an initializer of K values."""
+
+
+class ScaledColumns:
+    """A weight [N, K] times factors [K], computed row by row as it is asked for: a whole copy is never made unasked."""
+
+    def __init__(self, weight: np.ndarray, factors: np.ndarray) -> None:
+        import numpy as np
+
+        self._weight, self._factors = weight, factors.reshape(-1).astype(np.float32)
+        self.shape, self.ndim = weight.shape, 2
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        import numpy as np
+
+        return np.asarray(self._weight[rows], np.float32) * self._factors
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+
+@dataclass(frozen=True)
 class Product:
-    """x · W with a constant W: stored as [N, K] where `transposed`, else as [K, N]."""
+    """x · W, W constant: stored as [N, K] where `transposed`, else as [K, N]; `scale` multiplies its K channels."""
 
     node: ir.Node
     weight: ir.Value
     transposed: bool
     bias: ir.Value | None = None
+    scale: ir.Value | None = None
 
     @property
     def weight_name(self) -> str:
@@ -60,11 +90,20 @@ class Product:
         rows, columns = self.weight.const_value.shape.numpy()
         return (rows, columns) if self.transposed else (columns, rows)
 
+    @property
+    def identity(self) -> Hashable:
+        """Equal for products by one W, stored one way: what is made of it serves all of them."""
+        return bytes_of(self.weight), self.transposed, self.scale.name if self.scale is not None else None
+
     def matrix(self) -> np.ndarray:
-        """W as [N, K], mapped from where it is stored."""
+        """W as [N, K], mapped from where it is stored, and scaled as it is read."""
         assert self.weight.const_value is not None
         stored = self.weight.const_value.numpy()
-        return stored if self.transposed else stored.T
+        mapped = stored if self.transposed else stored.T
+        if self.scale is None:
+            return mapped
+        assert self.scale.const_value is not None
+        return ScaledColumns(mapped, self.scale.const_value.numpy())  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -108,9 +147,10 @@ def find_lookups(model: ir.Model, tokens: str) -> list[Lookup]:
     for node in model.graph:
         if node.op_type != "Gather" or node.domain or node.attributes.get_int("axis", 0) != 0:
             continue
-        weight, transposed = constant_matrix(node.inputs[0])
-        if weight is not None and not transposed and _comes_from(node.inputs[1], tokens):
-            found.append(Lookup(node, weight))
+        table = constant_matrix(node.inputs[0])
+        plain = table is not None and not table.transposed and table.scale is None
+        if table is not None and plain and _comes_from(node.inputs[1], tokens):
+            found.append(Lookup(node, table.weight))
     return found
 
 
@@ -160,22 +200,39 @@ def head_of(model: ir.Model, artifact: Artifact, products: Sequence[Product]) ->
     return head
 
 
-def constant_matrix(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
-    """(the float matrix that `value` is, seen through casts and transpositions; whether it is transposed)."""
+def constant_matrix(value: ir.Value | None) -> ConstantMatrix | None:
+    """The float matrix behind `value`, seen through casts, transpositions and scaled channels; None for another."""
     transposed = False
+    scale: ir.Value | None = None
     while value is not None and (node := value.producer()) is not None:
-        if node.domain or node.op_type not in ("Cast", "Identity", "Transpose"):
-            return None, False
+        if node.domain or node.op_type not in ("Cast", "Identity", "Transpose", "Mul"):
+            return None
+        if node.op_type == "Mul":
+            factors = node.inputs[1]
+            if scale is not None or not _scales_channels(factors, transposed):
+                return None
+            scale = factors
         if node.op_type == "Transpose":
             permutation = node.attributes.get_ints("perm", (1, 0))
             if tuple(permutation) not in ((0, 1), (1, 0)):
-                return None, False
+                return None
             transposed ^= tuple(permutation) == (1, 0)
         value = node.inputs[0]
     tensor = value.const_value if value is not None else None
     if value is None or tensor is None or value.is_graph_input() or len(tensor.shape) != 2 or not tensor.size:
-        return None, False
-    return (value, transposed) if tensor.dtype.is_floating_point() and tensor.dtype.bitwidth >= 16 else (None, False)
+        return None
+    if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
+        return None
+    return ConstantMatrix(value, transposed, scale)
+
+
+def _scales_channels(factors: ir.Value | None, transposed: bool) -> bool:
+    """Whether these are factors of the rows that a product adds up: [K] before a transposition, [K, 1] without one."""
+    tensor = factors.const_value if factors is not None else None
+    if tensor is None or not tensor.dtype.is_floating_point():
+        return False
+    shape = list(tensor.shape.numpy())
+    return len(shape) == 1 if transposed else len(shape) == 2 and shape[1] == 1
 
 
 def bytes_of(weight: ir.Value) -> Hashable:
@@ -265,8 +322,8 @@ def report_counts(context: PassContext, kind: str, done: int, items: Collection[
 
 
 def _matmul(node: ir.Node) -> Product | None:
-    weight, transposed = constant_matrix(node.inputs[1])
-    return Product(node, weight, transposed) if weight is not None else None
+    found = constant_matrix(node.inputs[1])
+    return Product(node, found.weight, found.transposed, scale=found.scale) if found is not None else None
 
 
 def _gemm(node: ir.Node) -> Product | None:
@@ -277,11 +334,12 @@ def _gemm(node: ir.Node) -> Product | None:
         and attributes.get_float("beta", 1.0) == 1.0
         and not attributes.get_int("transA", 0)
     )
-    weight, transposed = constant_matrix(node.inputs[1])
-    if not plain or weight is None:
+    found = constant_matrix(node.inputs[1])
+    turned = bool(attributes.get_int("transB", 0))
+    if not plain or found is None or (turned and found.scale is not None):
         return None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return Product(node, weight, transposed != bool(attributes.get_int("transB", 0)), bias)
+    return Product(node, found.weight, found.transposed != turned, bias, found.scale)
 
 
 def _comes_from(value: ir.Value | None, name: str) -> bool:

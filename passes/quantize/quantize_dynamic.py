@@ -11,7 +11,6 @@ from passes.quantize.products import (
     MICROSOFT,
     Product,
     add_initializer,
-    bytes_of,
     chosen_products,
     find_products,
     remove_unused,
@@ -83,7 +82,7 @@ class QuantizeDynamic(Pass):
         done: dict[Hashable, list[ir.Value | None]] = {}
         for count, product in enumerate(chosen):
             context.progress(count / len(chosen), product.weight_name)
-            key = (bytes_of(product.weight), product.transposed)
+            key = product.identity
             if key not in done:
                 done[key] = _quantize(product, model, params, context)
             _replace(product, done[key])

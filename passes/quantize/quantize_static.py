@@ -13,7 +13,6 @@ from passes.quantize.channel_quantization import quantize_channels
 from passes.quantize.products import (
     Product,
     add_initializer,
-    bytes_of,
     chosen_products,
     find_products,
     refuse_subgraphs,
@@ -142,7 +141,7 @@ class QuantizeStatic(Pass):
                 activations[name] = _quantize_activation(model, value, limits, params.activation_type, context)
         for count, product in enumerate(chosen):
             context.progress(0.8 + 0.2 * count / len(chosen), product.weight_name)
-            key = (bytes_of(product.weight), product.transposed)
+            key = product.identity
             if key not in weights:
                 weights[key] = _quantize_weight(model, product, params, context)
             _replace(product, activations[str(product.input.name)], weights[key])

@@ -21,7 +21,6 @@ from passes.quantize.products import (
     Lookup,
     Product,
     add_initializer,
-    bytes_of,
     excluded,
     find_lookups,
     find_products,
@@ -397,7 +396,7 @@ class _Writer:
         solve: Callable[[np.ndarray], BlockQuantized],
     ) -> list[ir.Value]:
         """The initializers codes, scales and, where there are some, zero points; each weight's only once."""
-        key = (bytes_of(product.weight), product.transposed, dtype.name, method, bits)
+        key = (product.identity, dtype.name, method, bits)
         if key not in self._done:
             try:
                 result = solve(product.matrix())

@@ -98,12 +98,19 @@ def _is_constant_matrix(value: ir.Value) -> bool:
 
 
 def _origin(value: ir.Value) -> ir.Value:
-    """What `value` is made of, seen through casts, transpositions …"""
+    """What `value` is made of, seen through casts, transpositions, factors of channels …"""
     node = value.producer()
-    while node is not None and node.op_type in PASSED_THROUGH and node.inputs and node.inputs[0] is not None:
+    while node is not None and node.inputs and node.inputs[0] is not None:
+        if node.op_type not in PASSED_THROUGH and not _scales_a_constant(node):
+            break
         value = node.inputs[0]
         node = value.producer()
     return value
+
+
+def _scales_a_constant(node: ir.Node) -> bool:
+    """Whether it multiplies by an initializer, as channels of a weight are scaled."""
+    return node.op_type == "Mul" and not node.domain and node.inputs[1] is not None and node.inputs[1].is_initializer()
 
 
 FEW_NUMBERS = 256

@@ -54,7 +54,8 @@ def _rules(effect: Effect) -> str:
         order.sort(key=lambda item: -item[1][0])
     told = [f"{rule} {count:,} of {of:,}" for rule, (count, of) in order[:MOST_RULES]]
     if len(order) > MOST_RULES:
-        told.append(f"{len(order) - MOST_RULES} more rules")
+        more = len(order) - MOST_RULES
+        told.append(f"{more} more rule{'' if more == 1 else 's'}")
     if idle := len(effect.rules) - len(done):
         told.append(f"{idle} other rules did nothing" if told else f"{idle} rules did nothing")
     return ", ".join(told)

@@ -65,6 +65,8 @@ def test_of_many_rules_those_that_did_something_are_told_and_the_others_counted(
     assert "rule rule_0" not in facts
     busy = with_effect(kind="graph", nodes=(9, 8), rules={f"rule_{i}": (9 - i, 9) for i in range(8)})
     assert change(busy, RICH).endswith("rule_3 6 of 9, rule_4 5 of 9, 3 more rules")
+    one_more = with_effect(kind="graph", nodes=(9, 8), rules={f"rule_{i}": (9 - i, 9) for i in range(6)})
+    assert change(one_more, RICH).endswith("rule_4 5 of 9, 1 more rule")
     few = with_effect(kind="graph", nodes=(9, 8), rules={"a": (0, 9), "b": (1, 9)})
     assert change(few, RICH) == "changed the graph (9 → 8 nodes): a 0 of 9, b 1 of 9"
 
