@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # this folder has a package with this file's name
 
-from benchmarks.peers.candidates import BEST, CANDIDATES, OURS, Candidate  # noqa: E402
+from benchmarks.peers.candidates import ALONE, BEST, CANDIDATES, OURS, Candidate, Conversion  # noqa: E402
 from benchmarks.peers.converting import Converted, convert, environment  # noqa: E402
 from benchmarks.peers.gathering import Kept, gather, quality_fields  # noqa: E402
 from benchmarks.peers.measuring import (  # noqa: E402
@@ -148,14 +148,17 @@ class Comparison:
             conversion = candidate.conversion
             if conversion is None or conversion.folder in found:
                 continue
-            tell(f"{model}: converting for {candidate.name}")
-            log = self.logs / f"{model}-{conversion.folder}.log"
-            python = self.python(conversion.environment)
-            made = convert(conversion, python, self.checkpoint(model), self.work / model, threads=self.threads, log=log)
-            if made.error:
-                tell(f"  failed: {made.error}")
-            found[conversion.folder] = made
+            found[conversion.folder] = self._convert(model, candidate.name, conversion)
         return found
+
+    def _convert(self, model: str, name: str, conversion: Conversion) -> Converted:
+        tell(f"{model}: converting for {name}")
+        log = self.logs / f"{model}-{conversion.folder}.log"
+        python = self.python(conversion.environment)
+        made = convert(conversion, python, self.checkpoint(model), self.work / model, threads=self.threads, log=log)
+        if made.error:
+            tell(f"  failed: {made.error}")
+        return made
 
     def ready(self, model: str) -> tuple[list[Candidate], dict[str, str]]:
         """Those that have been converted, and why the others have not."""
@@ -172,6 +175,9 @@ class Comparison:
     def convert(self) -> None:
         for model in self.models:
             self.converted(model)
+        if "large" in self.models:
+            for name, conversion in ALONE.items():
+                self._convert("large", name, conversion)
 
     def quality(self) -> None:
         for model in self.models:

@@ -25,7 +25,7 @@ class Conversion:
 
     adapter: str
     environment: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def folder(self) -> str:
@@ -59,8 +59,13 @@ def _of(conversion: Conversion, name: str, **options: Any) -> Candidate:
     return Candidate(name, conversion.adapter, conversion.environment, conversion, options)
 
 
-def _ours(stage: str) -> Candidate:
-    return _of(Conversion("ours", OURS, {"stage": stage}), f"pipeline {stage.removesuffix('_compiled')}")
+def _ours() -> list[Candidate]:
+    conversion = Conversion("ours", OURS, {"stage": "two_phases"})
+    return [
+        _of(conversion, BEST),
+        _of(conversion, "pipeline int8_dynamic", stage="int8_dynamic_compiled"),
+        _of(conversion, "pipeline int4_128", stage="int4_128_compiled"),
+    ]
 
 
 def _llama_cpp(kind: str) -> list[Candidate]:
@@ -96,9 +101,7 @@ def _torch(name: str, *, compiled: bool = False) -> Candidate:
 
 
 CANDIDATES = (
-    _ours("two_phases"),
-    _ours("int8_dynamic_compiled"),
-    _ours("int4_128_compiled"),
+    *_ours(),
     *_llama_cpp("Q4_0"),
     *_llama_cpp("Q4_K_M"),
     *_openvino(),
@@ -108,5 +111,8 @@ CANDIDATES = (
     _torch("torch bf16"),
     _torch("torch bf16, compiled", compiled=True),
 )
+
+ALONE = {"pipeline int4_128 alone": Conversion("ours", OURS, {"stage": "int4_128"})}
+"""Conversions that are only timed: here one quantization, as the others make, and no second one beside it."""
 
 FP32 = Candidate(REFERENCE, "torch_models", OURS, options={"dtype": "float32"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ class Converted:
     """What a conversion took; or why there is nothing."""
 
     wall_s: float
+    processor_s: float
+    """Of all its processes: what other work on the machine changes less than the seconds that pass."""
     peak_memory_bytes: int
     size_bytes: int
     error: str | None = None
@@ -57,13 +60,14 @@ def convert(
     adapter, options = conversion.command
     command = [str(python), "-P", "-m", "benchmarks.peers.converting", adapter, options, str(checkpoint), str(folder)]
     with log.open("wb") as output:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(threads))
         with MemorySampler(process.pid) as memory:
             code = process.wait()
-        wall_s = time.perf_counter() - began
+        wall_s, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor_s = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     error = None if code == 0 else f"ended with {code}: {_last_words(log)}"
-    found = Converted(wall_s, memory.peak_memory_bytes, _size(folder), error)
+    found = Converted(wall_s, processor_s, memory.peak_memory_bytes, _size(folder), error)
     (folder / RECORD).write_text(json.dumps(asdict(found)))
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import targets
-from benchmarks.peers.candidates import BEST, FP32, NEW_TOKENS, PROMPT, Candidate
+from benchmarks.peers.candidates import ALONE, BEST, FP32, NEW_TOKENS, OURS, PROMPT, Candidate
 from benchmarks.peers.converting import RECORD, Converted
 from benchmarks.peers.measuring import CONTINUED_PROMPTS, FIRST_PROMPTS, POINTS, Quality, speed_ratios
 from benchmarks.peers.page import ConversionRow, Page, QualityRow, Row
@@ -98,17 +98,23 @@ def _rows(kept: Kept, samples: Sequence[Sample]) -> list[Row]:
 
 
 def _conversions(kept: Kept) -> list[ConversionRow]:
-    found: dict[str, ConversionRow] = {}
-    for candidate in kept.candidates:
-        conversion = candidate.conversion
-        if conversion is None or conversion.folder in found:
-            continue
-        made = Converted(**json.loads((kept.work / conversion.folder / RECORD).read_text()))
-        if made.error is None:
-            found[conversion.folder] = ConversionRow(
-                candidate.name, candidate.is_ours, made.wall_s, made.peak_memory_bytes, made.size_bytes
+    named = {c.conversion: c.name for c in reversed(kept.candidates) if c.conversion is not None}
+    rows = []
+    for conversion, name in [*reversed(named.items()), *((made, name) for name, made in ALONE.items())]:
+        record = kept.work / conversion.folder / RECORD
+        made = Converted(**json.loads(record.read_text())) if record.exists() else None
+        if made is not None and made.error is None:
+            rows.append(
+                ConversionRow(
+                    name,
+                    conversion.environment == OURS,
+                    made.wall_s,
+                    made.processor_s,
+                    made.peak_memory_bytes,
+                    made.size_bytes,
+                )
             )
-    return list(found.values())
+    return rows
 
 
 def _quality_row(candidate: Candidate, tiny: dict[str, Any]) -> QualityRow:

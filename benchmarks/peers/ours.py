@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -28,11 +29,19 @@ def convert(checkpoint: Path, folder: Path, *, stage: str) -> None:
         sys.exit(done.returncode)
 
 
-def load(folder: Path, checkpoint: Path, threads: int) -> CausalLMRunner:
-    """The model that the run exported."""
-    from pipeline.runtime import load_model
+def load(folder: Path, checkpoint: Path, threads: int, *, stage: str | None = None) -> CausalLMRunner:
+    """The model that the run exported, or one of the stages that it is made of."""
+    from pipeline.runtime import ExecutionSpec, load_model, load_runner
+    from pipeline.store import Store
 
-    return load_model(exported(folder), threads=threads)
+    if stage is None:
+        return load_model(exported(folder), threads=threads)
+    report = json.loads((exported(folder).parent / "report.json").read_text())
+    digest = next(each["artifact"]["digest"] for each in report["stages"] if each["name"] == stage)
+    artifact = Store(folder / "store").artifact(digest)
+    if artifact is None:
+        raise RuntimeError(f"the store in {folder} has no longer the stage {stage}")
+    return load_runner(artifact, ExecutionSpec(threads=threads))
 
 
 def exported(folder: Path) -> Path:

@@ -40,6 +40,7 @@ class ConversionRow:
     name: str
     is_ours: bool
     wall_s: float
+    processor_s: float
     peak_memory_bytes: int
     size_bytes: int
 
@@ -129,9 +130,15 @@ def render(page: Page) -> str:
         "is anonymous and shared memory of the process and its descendants at its highest.",
         "",
         *table(
-            ("", "seconds", "peak memory", "written"),
+            ("", "seconds", "of a processor", "peak memory", "written"),
             [
-                (r.name, f"{r.wall_s:.1f}", _gigabytes(r.peak_memory_bytes), _gigabytes(r.size_bytes))
+                (
+                    r.name,
+                    f"{r.wall_s:.1f}",
+                    f"{r.processor_s:.1f}",
+                    _gigabytes(r.peak_memory_bytes),
+                    _gigabytes(r.size_bytes),
+                )
                 for r in page.conversions
             ],
         ),

@@ -34,7 +34,7 @@ PAGE = Page(
     rows=[OURS, OTHER, Row("broken", is_ours=False, failure="it does not load")],
     noise={"prefill": Interval(median=1, low=0.99, high=1.01)},
     bandwidth=Interval(median=60, low=45, high=80),
-    conversions=[ConversionRow("ours", True, 12.3, 400_000_000, 700_000_000)],
+    conversions=[ConversionRow("ours", True, 12.3, 20.4, 400_000_000, 700_000_000)],
     trained=[QualityRow("ours", 0.001, 0.002, 0.99, 12.3456), QualityRow("broken", failure="no")],
     verdicts=[Verdict("be fast", True, "2 times"), Verdict("be small", False, "half as small")],
     operators={"decode": {"MatMulNBits": 0.009, "Attention": 0.00095, "Cast": 0.00005}},
@@ -75,7 +75,7 @@ def test_every_target_is_answered():
 
 def test_conversions_memory_and_versions_are_told_in_their_units():
     text = render(PAGE)
-    assert "| ours | 12.3 | 0.40 GB | 0.70 GB |" in text
+    assert "| ours | 12.3 | 20.4 | 0.40 GB | 0.70 GB |" in text
     assert "| ours | 1.50 GB | 1.2 s |" in text
     assert "other 1.2." in text
 
