@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PART", help="candidates whose names have one of these in them")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="to convert and to score")
     parser.add_argument("--launches", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=4, help="of each launch")
+    parser.add_argument("--rounds", type=int, default=3, help="of each launch")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the checkpoint's recipe")
     options = parser.parse_args()
     comparison = Comparison(options)

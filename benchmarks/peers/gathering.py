@@ -186,18 +186,20 @@ def _verdicts(rows: Sequence[Row], conversions: Sequence[ConversionRow]) -> list
     if peers := _peers(rows, "prefill"):
         found.append(targets.judge_speed("prefill", peers, best.first_divergence))
         found.append(targets.judge_speed("decode", _peers(rows, "decode"), best.following_divergence))
-    own = next((c for c in conversions if c.name == BEST), None)
-    others = [c for c in conversions if not c.is_ours]
-    if own is not None and others:
-        seconds = {c.name: c.wall_s for c in others}
-        gigabytes = {c.name: c.peak_memory_bytes / 1e9 for c in others}
-        time_share, memory_share = targets.TIME_SHARE, targets.MEMORY_SHARE
-        found += [
-            targets.judge_conversion("conversion time", own.wall_s, seconds, share=time_share, unit="s"),
-            targets.judge_conversion(
-                "conversion memory", own.peak_memory_bytes / 1e9, gigabytes, share=memory_share, unit="GB"
-            ),
-        ]
+    others = [conversion for conversion in conversions if not conversion.is_ours]
+    if not others:
+        return found
+    seconds = {c.name: c.wall_s for c in others}
+    gigabytes = {c.name: c.peak_memory_bytes / 1e9 for c in others}
+    for own in conversions:
+        if own.is_ours:
+            spent, held = f"seconds of {own.name}", f"memory of {own.name}"
+            found += [
+                targets.judge_conversion(spent, own.wall_s, seconds, share=targets.TIME_SHARE, unit="s"),
+                targets.judge_conversion(
+                    held, own.peak_memory_bytes / 1e9, gigabytes, share=targets.MEMORY_SHARE, unit="GB"
+                ),
+            ]
     return found
 
 

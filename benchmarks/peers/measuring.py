@@ -35,7 +35,7 @@ POINTS = (
 FIRST_PROMPTS, CONTINUED_PROMPTS = 32, 8
 """Prompts that are scored, and how many of them with the tokens that follow."""
 
-WARM_UPS_S = 300.0
+WARM_UPS_S = 120.0
 """For the warm-ups of all launches, as a run with ten times so many seconds has it."""
 
 BANDWIDTH_S = 0.15

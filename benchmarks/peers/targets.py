@@ -77,7 +77,7 @@ def judge_conversion(name: str, own: float, others: Mapping[str, float], *, shar
     """
     best = min(others, key=lambda other: others[other])
     least = others[best]
-    target = f"{name}: at most 1/{1 / share:.0f} of the next best"
+    target = f"conversion, {name}: at most 1/{1 / share:.0f} of the next best"
     said = f"{own:.2f} {unit} against {least:.2f} {unit} of {best}: {own / least:.2f} of it"
     if own <= share * least:
         return Verdict(target, True, said)
