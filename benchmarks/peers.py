@@ -242,7 +242,6 @@ class Comparison:
 
     def page(self) -> None:
         path = ROOT / "docs" / "peers.md"
-        reason = self.work / "reason.md"
         kept = Kept(
             candidates=self.candidates,
             speed=self.kept("speed"),
@@ -251,12 +250,7 @@ class Comparison:
             operators=self.kept("operators"),
             work=self.work / "large",
         )
-        found = gather(
-            kept,
-            describe_host(),
-            threads=self.threads,
-            reason=reason.read_text(encoding="utf-8").strip() if reason.exists() else "",
-        )
+        found = gather(kept, describe_host(), threads=self.threads)
         path.write_text(render(found), encoding="utf-8")
         tell(f"wrote {path}")
 

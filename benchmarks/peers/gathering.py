@@ -28,13 +28,13 @@ class Kept:
     speed: dict[str, Any]
     large: dict[str, Any]
     tiny: dict[str, Any]
-    operators: dict[str, dict[str, float]]
+    operators: dict[str, Any]
     work: Path
     """The folder of the large model: its checkpoint and conversions."""
 
 
-def gather(kept: Kept, host: Host, *, threads: int, reason: str) -> Page:
-    """All that the page says. `reason` is Markdown on what the operators' times say of targets that are missed."""
+def gather(kept: Kept, host: Host, *, threads: int) -> Page:
+    """All that the page says."""
     samples = [Sample.model_validate(fields) for fields in kept.speed["samples"]]
     rows = _rows(kept, samples)
     conversions = _conversions(kept)
@@ -58,8 +58,8 @@ def gather(kept: Kept, host: Host, *, threads: int, reason: str) -> Page:
         remarks=_remarks(rows),
         missing={row.name: row.failure for row in rows if row.failure},
         versions={**kept.large["versions"], "Python": ".".join(map(str, sys.version_info[:3]))},
-        operators=kept.operators,
-        reason=reason,
+        operators=kept.operators["seconds"],
+        product_bytes=kept.operators["product_bytes"],
     )
 
 

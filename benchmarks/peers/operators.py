@@ -22,6 +22,25 @@ from benchmarks.peers.candidates import NEW_TOKENS, PROMPT
 PROMPTS = 8
 
 
+PRODUCT = "MatMulNBits"
+"""The product with quantized weights, which is most of a step of decode."""
+
+
+def product_bytes(model: Path) -> int:
+    """Bytes of the weights, scales and zero points that the products of one step of decode read."""
+    import onnx
+
+    from pipeline.artifact import ONNX_FILE
+    from pipeline.store.folder import read_folder
+
+    artifact = read_folder(model)
+    parts = artifact.manifest.components
+    component = parts.get("decode") or next(iter(parts.values()))
+    graph = onnx.load(artifact.locate(component.files[ONNX_FILE]), load_external_data=False).graph
+    names = {name for node in graph.node if node.op_type == PRODUCT for name in node.input[1:]}
+    return sum(ref.length for name, ref in component.tensors.items() if name in names)
+
+
 def operator_times(model: Path, threads: int) -> dict[str, dict[str, float]]:
     """Seconds of a call by operator, for `prefill` and for `decode`."""
     found = {}
@@ -91,4 +110,5 @@ def seconds_by_operator(nodes: Mapping[tuple[str, str], list[float]]) -> dict[st
 
 
 if __name__ == "__main__":
-    print(json.dumps(operator_times(Path(sys.argv[1]), int(sys.argv[2]))))
+    folder = Path(sys.argv[1])
+    print(json.dumps({"seconds": operator_times(folder, int(sys.argv[2])), "product_bytes": product_bytes(folder)}))

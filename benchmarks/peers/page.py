@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.peers.operators import PRODUCT
 from benchmarks.peers.targets import Verdict
 from pipeline.measure.statistics import Interval
 
@@ -77,8 +78,8 @@ class Page:
     versions: Mapping[str, str] = field(default_factory=dict)
     operators: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Seconds of a call of our best artifact by operator, for each kind of call."""
-    reason: str = ""
-    """What the operators' times say of a target that is missed; Markdown."""
+    product_bytes: int = 0
+    """Of the quantized weights that one step of decode reads."""
 
 
 def render(page: Page) -> str:
@@ -97,7 +98,6 @@ def render(page: Page) -> str:
             numbers=0,
         ),
         *[line for remark in page.remarks for line in ("", remark)],
-        *(["", page.reason] if page.reason else []),
         "",
         *_operators(page),
         "## Speed and divergence",
@@ -176,6 +176,14 @@ def _operators(page: Page) -> list[str]:
         rest = total - sum(took for _, took in shown)
         rows = [(name, f"{1e3 * took:.2f}", f"{took / total:.0%}") for name, took in [*shown, ("all others", rest)]]
         lines += [*table((kind, "ms", "share"), rows), ""]
+    took = page.operators.get("decode", {}).get(PRODUCT)
+    if took and page.product_bytes:
+        lines += [
+            f"In a step of decode, {PRODUCT} reads {page.product_bytes / 1e6:.0f} MB of weights and scales at "
+            f"{page.product_bytes / took / 1e9:.0f} GB/s; before the rounds the memory was read at "
+            f"{page.bandwidth.median:.0f} GB/s.",
+            "",
+        ]
     return lines
 
 

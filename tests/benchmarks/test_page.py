@@ -38,6 +38,7 @@ PAGE = Page(
     trained=[QualityRow("ours", 0.001, 0.002, 0.99, 12.3456), QualityRow("broken", failure="no")],
     verdicts=[Verdict("be fast", True, "2 times"), Verdict("be small", False, "half as small")],
     operators={"decode": {"MatMulNBits": 0.009, "Attention": 0.00095, "Cast": 0.00005}},
+    product_bytes=450_000_000,
     missing={"broken": "it does not load"},
     versions={"other": "1.2"},
 )
@@ -85,6 +86,12 @@ def test_operators_of_less_than_a_hundredth_are_shown_together():
     assert "| MatMulNBits | 9.00 | 90% |" in lines
     assert "| all others | 0.05 | 0% |" in lines
     assert "| Cast | 0.05 | 0% |" not in lines
+
+
+def test_the_rate_at_which_a_step_reads_its_weights_is_set_beside_the_memorys():
+    text = render(PAGE)
+    assert "MatMulNBits reads 450 MB of weights and scales at 50 GB/s" in text
+    assert "the memory was read at 60 GB/s" in text
 
 
 def test_nothing_left_out_has_no_section():
