@@ -35,8 +35,7 @@ from benchmarks.peers.candidates import ALONE, BEST, CANDIDATES, OURS, Candidate
 from benchmarks.peers.converting import Converted, convert, environment  # noqa: E402
 from benchmarks.peers.gathering import Kept, gather, quality_fields  # noqa: E402
 from benchmarks.peers.measuring import (  # noqa: E402
-    CONTINUED_PROMPTS,
-    FIRST_PROMPTS,
+    SCORED,
     Texts,
     drawn_tokens,
     measure_quality,
@@ -184,7 +183,7 @@ class Comparison:
             candidates, missing = self.ready(model)
             folder = self.work / model / "scoring"
             folder.mkdir(parents=True, exist_ok=True)
-            texts = Texts(folder / "tokens.npy", FIRST_PROMPTS, CONTINUED_PROMPTS)
+            texts = Texts(folder / "tokens.npy", *SCORED[model])
             self._tokens(model, texts)
             measured, failures, described = measure_quality(
                 candidates,

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.peers import targets
 from benchmarks.peers.candidates import ALONE, BEST, FP32, NEW_TOKENS, OURS, PROMPT, Candidate
 from benchmarks.peers.converting import RECORD, Converted
-from benchmarks.peers.measuring import CONTINUED_PROMPTS, FIRST_PROMPTS, POINTS, Quality, speed_ratios
+from benchmarks.peers.measuring import POINTS, SCORED, Quality, speed_ratios
 from benchmarks.peers.page import ConversionRow, Page, QualityRow, Row
 from pipeline.hardware.host import Host
 from pipeline.measure.samples import Sample
@@ -53,6 +53,7 @@ def gather(kept: Kept, host: Host, *, threads: int) -> Page:
         },
         bandwidth=Interval(median=rates[len(rates) // 2], low=rates[0], high=rates[-1]),
         conversions=conversions,
+        trained_prompts="{} prompts, of which {} are continued".format(*SCORED["tiny"]),
         trained=[_quality_row(candidate, kept.tiny) for candidate in kept.candidates],
         verdicts=_verdicts(rows, conversions),
         remarks=_remarks(rows),
@@ -157,14 +158,15 @@ def _model(checkpoint: Path) -> str:
 
 
 def _how(speed: dict[str, Any], rounds: int) -> list[str]:
+    prompts, continued = SCORED["large"]
     return [
         f"Prompts of {PROMPT} tokens, then {NEW_TOKENS} single tokens, batch 1, all of them fed: every candidate "
         f"computes the same tokens. Each runs in a process of its own, idle while another runs; {rounds} rounds in "
         f"{speed['launches']} launches, the order drawn anew, blocks, visits and intervals as in "
         f"[measurement](measurement.md). The whole took {speed['wall_s'] / 60:.0f} minutes.",
         f"Divergence is the mean KL (nats) from {FP32.name} on the same tokens, as the model is used: the first token "
-        f"after each of {FIRST_PROMPTS} prompts, which prefill predicts, and the {NEW_TOKENS} tokens after that of "
-        f"{CONTINUED_PROMPTS} of them, which steps of decode predict. Log-probabilities are compared in float16, which "
+        f"after each of {prompts} prompts, which prefill predicts, and the {NEW_TOKENS} tokens after that of "
+        f"{continued} of them, which steps of decode predict. Log-probabilities are compared in float16, which "
         "resolves about 1e-6. `top-1` is the share of the following tokens with the same most likely token.",
     ]
 

@@ -32,8 +32,8 @@ POINTS = (
     Point(kind="decode", batch=1, prompt=PROMPT, new_tokens=NEW_TOKENS),
 )
 
-FIRST_PROMPTS, CONTINUED_PROMPTS = 32, 8
-"""Prompts that are scored, and how many of them with the tokens that follow."""
+SCORED = {"large": (24, 4), "tiny": (48, 16)}
+"""Prompts that are scored, and how many of them with the tokens that follow, by model."""
 
 WARM_UPS_S = 120.0
 """For the warm-ups of all launches, as a run with ten times so many seconds has it."""

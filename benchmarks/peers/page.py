@@ -72,6 +72,8 @@ class Page:
     bandwidth: Interval
     conversions: Sequence[ConversionRow]
     trained: Sequence[QualityRow]
+    trained_prompts: str
+    """What was scored on the trained model."""
     verdicts: Sequence[Verdict]
     remarks: Sequence[str] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -145,7 +147,8 @@ def render(page: Page) -> str:
         "",
         "## The same on a trained model",
         "",
-        "`llama2-tiny`, 5.9 million parameters trained on English text, on its held-out text.",
+        "`llama2-tiny`, 5.9 million parameters trained on English text, on its held-out text, scored in the same way: "
+        f"{page.trained_prompts}.",
         "",
         *table(
             ("", "KL first token", "KL following", "top-1", "perplexity"),

@@ -35,9 +35,6 @@ class Torch(Running):
         self._compiled = compiled
         self._cache: Any = None
         if compiled:
-            import torch._inductor.config
-
-            torch._inductor.config.freezing = True
             self._model.forward = torch.compile(self._model.forward)
 
     @property

@@ -36,6 +36,7 @@ PAGE = Page(
     bandwidth=Interval(median=60, low=45, high=80),
     conversions=[ConversionRow("ours", True, 12.3, 20.4, 400_000_000, 700_000_000)],
     trained=[QualityRow("ours", 0.001, 0.002, 0.99, 12.3456), QualityRow("broken", failure="no")],
+    trained_prompts="2 prompts",
     verdicts=[Verdict("be fast", True, "2 times"), Verdict("be small", False, "half as small")],
     operators={"decode": {"MatMulNBits": 0.009, "Attention": 0.00095, "Cast": 0.00005}},
     product_bytes=450_000_000,
