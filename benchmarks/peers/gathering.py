@@ -13,6 +13,7 @@ from benchmarks.peers import targets
 from benchmarks.peers.candidates import ALONE, BEST, FP32, NEW_TOKENS, OURS, PROMPT, Candidate
 from benchmarks.peers.converting import RECORD, Converted
 from benchmarks.peers.measuring import POINTS, SCORED, Quality, speed_ratios
+from benchmarks.peers.ours import exported
 from benchmarks.peers.page import ConversionRow, Page, QualityRow, Row
 from pipeline.hardware.host import Host
 from pipeline.measure.samples import Sample
@@ -39,6 +40,7 @@ def gather(kept: Kept, host: Host, *, threads: int) -> Page:
     rows = _rows(kept, samples)
     conversions = _conversions(kept)
     rates = sorted(kept.speed["bandwidth_gb_per_s"])
+    best = next(c.conversion for c in kept.candidates if c.name == BEST and c.conversion is not None)
     figures = speed_figures(samples, baseline=BEST, parents={BEST: None})
     return Page(
         best=BEST,
@@ -53,11 +55,15 @@ def gather(kept: Kept, host: Host, *, threads: int) -> Page:
         },
         bandwidth=Interval(median=rates[len(rates) // 2], low=rates[0], high=rates[-1]),
         conversions=conversions,
+        stages=_stages(kept.work / best.folder),
         trained_prompts="{} prompts, of which {} are continued".format(*SCORED["tiny"]),
         trained=[_quality_row(candidate, kept.tiny) for candidate in kept.candidates],
         verdicts=_verdicts(rows, conversions),
         remarks=_remarks(rows),
-        missing={row.name: row.failure for row in rows if row.failure},
+        missing={
+            **{name: f"its divergence: {why}" for name, why in kept.large["failures"].items()},
+            **kept.speed["failures"],
+        },
         versions={**kept.large["versions"], "Python": ".".join(map(str, sys.version_info[:3]))},
         operators=kept.operators["seconds"],
         product_bytes=kept.operators["product_bytes"],
@@ -92,7 +98,7 @@ def _rows(kept: Kept, samples: Sequence[Sample]) -> list[Row]:
                 agreement=quality.following.top1_agreement if quality else None,
                 memory_bytes=kept.speed["memory_bytes"].get(name),
                 load_s=kept.speed["load_s"].get(name),
-                failure=kept.speed["failures"].get(name) or kept.large["failures"].get(name),
+                failure=kept.speed["failures"].get(name),
             )
         )
     return rows
@@ -116,6 +122,13 @@ def _conversions(kept: Kept) -> list[ConversionRow]:
                 )
             )
     return rows
+
+
+def _stages(folder: Path) -> list[tuple[str, float, int]]:
+    """The stages of the run in `folder`, a conversion of ours, with their costs."""
+    report = json.loads((exported(folder).parent / "report.json").read_text())
+    made = [stage for stage in report["stages"] if stage["status"] == "ran" and stage["cost"]["peak_memory_bytes"]]
+    return [(stage["name"], stage["cost"]["wall_s"], stage["cost"]["peak_memory_bytes"]) for stage in made]
 
 
 def _quality_row(candidate: Candidate, tiny: dict[str, Any]) -> QualityRow:

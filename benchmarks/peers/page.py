@@ -71,6 +71,8 @@ class Page:
     noise: Mapping[str, Interval]
     bandwidth: Interval
     conversions: Sequence[ConversionRow]
+    stages: Sequence[tuple[str, float, int]]
+    """Of our best artifact's conversion: stage, seconds, bytes of memory at its highest."""
     trained: Sequence[QualityRow]
     trained_prompts: str
     """What was scored on the trained model."""
@@ -118,6 +120,9 @@ def render(page: Page) -> str:
         f"Read bandwidth before each round: median {page.bandwidth.median:.0f} GB/s, from {page.bandwidth.low:.0f} to "
         f"{page.bandwidth.high:.0f}.",
         "",
+        "Memory while running is anonymous and shared memory; weights that stay mapped from their file, as this "
+        "project's do, are not in it.",
+        "",
         "| | memory while running | load |",
         "| --- | ---: | ---: |",
         *[
@@ -128,8 +133,9 @@ def render(page: Page) -> str:
         "",
         "## Conversion",
         "",
-        "From the checkpoint in float32 to what the tool runs, in a process of its own, its start included. Memory",
-        "is anonymous and shared memory of the process and its descendants at its highest.",
+        "From the checkpoint in float32 to what the tool runs, in a process of its own, its start included. Memory is "
+        "anonymous and shared memory of the process and its descendants at its highest. The machine is shared: seconds of "
+        "a processor say what a conversion itself takes. `written` has the store, too, where a tool keeps one.",
         "",
         *table(
             ("", "seconds", "of a processor", "peak memory", "written"),
@@ -143,6 +149,14 @@ def render(page: Page) -> str:
                 )
                 for r in page.conversions
             ],
+        ),
+        "",
+        f"The stages of {page.best}, each in a process of its own; what is left of its seconds are starts, digests and "
+        "the copy that is exported.",
+        "",
+        *table(
+            ("stage", "seconds", "peak memory"),
+            [(name, f"{seconds:.1f}", _gigabytes(peak)) for name, seconds, peak in page.stages],
         ),
         "",
         "## The same on a trained model",

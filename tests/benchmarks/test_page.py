@@ -36,6 +36,7 @@ PAGE = Page(
     bandwidth=Interval(median=60, low=45, high=80),
     conversions=[ConversionRow("ours", True, 12.3, 20.4, 400_000_000, 700_000_000)],
     trained=[QualityRow("ours", 0.001, 0.002, 0.99, 12.3456), QualityRow("broken", failure="no")],
+    stages=[("export", 1.25, 400_000_000)],
     trained_prompts="2 prompts",
     verdicts=[Verdict("be fast", True, "2 times"), Verdict("be small", False, "half as small")],
     operators={"decode": {"MatMulNBits": 0.009, "Attention": 0.00095, "Cast": 0.00005}},
@@ -93,6 +94,10 @@ def test_the_rate_at_which_a_step_reads_its_weights_is_set_beside_the_memorys():
     text = render(PAGE)
     assert "MatMulNBits reads 450 MB of weights and scales at 50 GB/s" in text
     assert "the memory was read at 60 GB/s" in text
+
+
+def test_the_stages_of_our_conversion_are_listed_with_what_they_take():
+    assert "| export | 1.2 | 0.40 GB |" in lines_of(PAGE)
 
 
 def test_nothing_left_out_has_no_section():
