@@ -134,8 +134,8 @@ def render(page: Page) -> str:
         "## Conversion",
         "",
         "From the checkpoint in float32 to what the tool runs, in a process of its own, its start included. Memory is "
-        "anonymous and shared memory of the process and its descendants at its highest. The machine is shared: seconds of "
-        "a processor say what a conversion itself takes. `written` has the store, too, where a tool keeps one.",
+        "anonymous and shared memory of the process and its descendants at its highest. The machine is shared: seconds "
+        "of a processor say what a conversion itself takes. `written` has the store, too, where a tool keeps one.",
         "",
         *table(
             ("", "seconds", "of a processor", "peak memory", "written"),
