@@ -59,7 +59,7 @@ def gather(kept: Kept, host: Host, *, threads: int) -> Page:
         trained_prompts="{} prompts, of which {} are continued".format(*SCORED["tiny"]),
         trained=[_quality_row(candidate, kept.tiny) for candidate in kept.candidates],
         verdicts=_verdicts(rows, conversions),
-        remarks=_remarks(rows),
+        remarks=[*_remarks(rows), *_remarks_on_trained(rows, kept.tiny)],
         missing={
             **{name: f"its divergence: {why}" for name, why in kept.large["failures"].items()},
             **kept.speed["failures"],
@@ -168,6 +168,21 @@ def _model(checkpoint: Path) -> str:
         f"{config['num_key_value_heads']} of keys and values, vocabulary {config['vocab_size']:,}; random weights with "
         f"outlier channels, a checkpoint of {size / 1e9:.1f} GB in float32."
     )
+
+
+def _remarks_on_trained(rows: Sequence[Row], tiny: dict[str, Any]) -> list[str]:
+    """How the divergences compare on the trained model, ours and that of the peer which each target is set against."""
+    found = []
+    for kind, what in (("prefill", "first"), ("decode", "following")):
+        peers = _peers(rows, kind)
+        name = max(peers, key=lambda peer: peer.tokens_per_s).name if peers else ""
+        if BEST in tiny["quality"] and name in tiny["quality"]:
+            own, other = (tiny["quality"][who][what]["kl_divergence"] for who in (BEST, name))
+            found.append(
+                f"{kind.capitalize()} on the trained model: divergence {own:.2g} against {other:.2g} of {name}, "
+                f"{'no larger' if own <= other else f'{own / other:.2f} times as large'}."
+            )
+    return found
 
 
 def _how(speed: dict[str, Any], rounds: int) -> list[str]:

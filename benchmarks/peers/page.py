@@ -183,22 +183,24 @@ def _operators(page: Page) -> list[str]:
     lines = [
         "### Where the time goes",
         "",
-        f"Of {page.best}, by operator, in ONNX Runtime's profiler: medians of the nodes' times, summed. A prefill is "
-        "one prompt.",
+        f"Of {page.best}, by operator: shares of the medians of the nodes' times in ONNX Runtime's profiler.",
         "",
     ]
-    for kind, seconds in page.operators.items():
-        total = sum(seconds.values())
-        shown = [(name, took) for name, took in seconds.items() if took >= LEAST_SHARE * total]
-        rest = total - sum(took for _, took in shown)
-        rows = [(name, f"{1e3 * took:.2f}", f"{took / total:.0%}") for name, took in [*shown, ("all others", rest)]]
-        lines += [*table((kind, "ms", "share"), rows), ""]
-    took = page.operators.get("decode", {}).get(PRODUCT)
-    if took and page.product_bytes:
+    shares = {
+        kind: {name: took / sum(seconds.values()) for name, took in seconds.items()}
+        for kind, seconds in page.operators.items()
+    }
+    for kind, found in shares.items():
+        shown = {name: share for name, share in found.items() if share >= LEAST_SHARE}
+        shown["all others"] = 1 - sum(shown.values())
+        lines += [*table((kind, "share"), [(name, f"{share:.1%}") for name, share in shown.items()]), ""]
+    decode = next((row.decode for row in page.rows if row.name == page.best), None)
+    share = shares.get("decode", {}).get(PRODUCT)
+    if share and decode and page.product_bytes:
+        rate = page.product_bytes / (share / decode.median) / 1e9
         lines += [
-            f"In a step of decode, {PRODUCT} reads {page.product_bytes / 1e6:.0f} MB of weights and scales at "
-            f"{page.product_bytes / took / 1e9:.0f} GB/s; before the rounds the memory was read at "
-            f"{page.bandwidth.median:.0f} GB/s.",
+            f"At that share of a step, {PRODUCT} reads its {page.product_bytes / 1e6:.0f} MB of weights and scales at "
+            f"{rate:.0f} GB/s in the rounds below; before them memory was read at {page.bandwidth.median:.0f} GB/s.",
             "",
         ]
     return lines
