@@ -166,9 +166,9 @@ def optional(artifact: Artifact, name: str) -> Callable[..., Any] | None:
     return None
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answer requests until their stream ends."""
-    session = Session()
+def serve(requests: TextIO, answers: TextIO, session: Session | None = None) -> None:
+    """Answer requests until their stream ends; `session` is who answers."""
+    session = session or Session()
     for line in requests:
         try:
             answer: dict[str, Any] = {"ok": session.answer(json.loads(line))}
