@@ -149,7 +149,9 @@ def estimate(seen: Seen, others: Sequence[Seen] = (), *, processes: int = 2) -> 
         pool_weight = min(POOL_FREEDOM, freedom) * _alike(seen, pooled, freedom)
         total = total + pool_weight * pooled
     freedom_of_launches = weight + pool_weight
-    among = seen.concentration * np.maximum(total / freedom_of_launches, 0.0)
+    # rounds that are all alike, to the last digit, say nothing of launches: what is assumed of those stands
+    least = np.where(seen.within > 0, 0.0, PRIOR_FREEDOM * prior / freedom_of_launches)
+    among = seen.concentration * np.maximum(total / freedom_of_launches, least)
     variance = seen.within + among
     spread = among**2 / freedom_of_launches + seen.within**2 / seen.within_freedom
     positive = spread > 0

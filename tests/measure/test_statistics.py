@@ -3,7 +3,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.measure.looks import LookPlan
@@ -73,6 +73,7 @@ def seats(launches: Rounds, order: tuple[int, int, int] = (0, 1, 2), unit: float
 
 
 @given(rounds_of_three)
+@example({0: [(1.0, 1.0, 1.0)], 1: [(1.0, 2.0, 1.0)]})
 @settings(max_examples=40, deadline=None)
 def test_the_interval_holds_the_ratio(launches: Rounds) -> None:
     found = ratio(seats(launches))
