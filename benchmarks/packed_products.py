@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from pipeline import Artifact, ExecutionSpec, load_onnx, load_runner, new_tensor, save_onnx
 from pipeline.measure.estimate import estimate, look_at
@@ -38,6 +39,7 @@ def joined(artifact: Artifact, names: tuple[str, ...], store: Store) -> tuple[Ar
         output = OutputWriter(staging)
         for number, nodes in enumerate(groups):
             join(model, nodes, f"joined.{names[0]}.{number}", output)
+        RemoveUnusedNodesPass()(model)
         return store.publish(staging, save_onnx(model, output, like=artifact).manifest), len(groups)
 
 
