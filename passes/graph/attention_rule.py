@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from passes.graph.attention_mask import CausalMask, MaskInputs, causal_mask
-from passes.graph.fusion import MICROSOFT, NotFusedError, Rule, describe, put_in_place
+from passes.graph.fusion import MICROSOFT, NotFusedError, Rule, describe, int64_constant, put_in_place
 from passes.graph.rotary_table import rotary_tables
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ class Surroundings:
 
         if self.lengths is None:
             mask = self.inputs.mask
-            one, axis = (_constant(graph, f"attention.{name}", [value]) for name, value in (("one", 1), ("axis", 1)))
+            one, axis = (
+                int64_constant(graph, f"attention.{name}", [value]) for name, value in (("one", 1), ("axis", 1))
+            )
             filled = ir.node("ReduceSum", [mask, axis], {"keepdims": 0}, name="attention.filled")
             last = ir.node("Sub", [filled.outputs[0], one], name="attention.last")
             last32 = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32}, name="attention.seqlens_k")
@@ -339,7 +341,7 @@ def _joined(value: ir.Value, heads: int, size: int, graph: ir.Graph, made: list[
     whole = split.inputs[0] if split is not None and split.op_type == "Reshape" else None
     if whole is not None and whole.shape is not None and len(whole.shape) == 3 and whole.shape[2] == heads * size:
         return whole
-    wanted = _constant(graph, f"attention.joined_{heads}_{size}", [0, 0, heads * size])
+    wanted = int64_constant(graph, f"attention.joined_{heads}_{size}", [0, 0, heads * size])
     join = ir.node("Reshape", [by_position, wanted], {"allowzero": 0}, name=f"{value.name}.joined")
     made.append(join)
     name, width = f"{value.name}.joined", heads * size
@@ -365,7 +367,7 @@ def _split_by_heads(
             whole = join.outputs[0]
             if whole.shape is not None and len(whole.shape) == 3 and whole.shape[2] == heads * size:
                 return whole, fused
-    shape = _constant(graph, f"attention.split_{heads}_{size}", [0, 0, heads, size])
+    shape = int64_constant(graph, f"attention.split_{heads}_{size}", [0, 0, heads, size])
     split = ir.node("Reshape", [fused, shape], {"allowzero": 0}, name=f"{attention.name}.split")
     parts = ["batch", "sequence", heads, size]
     describe(split.outputs[0], name=f"{fused.name}.split", dtype=fused.dtype, shape=parts)
@@ -383,18 +385,3 @@ def _keeps_shape(node: ir.Node, heads: int, size: int) -> bool:
     """Whether a Reshape leaves [B, heads, S, size] as it is."""
     before, after = (value.shape if value is not None else None for value in (node.inputs[0], node.outputs[0]))
     return before is not None and after is not None and len(after) == 4 and list(before) == list(after)
-
-
-def _constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
-    """The initializer int64 of that name, made where it is not there."""
-    import numpy as np
-    import onnx_ir as ir
-
-    if name in graph.initializers:
-        return graph.initializers[name]
-    tensor = ir.Tensor(np.array(values, np.int64), name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(values)]), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

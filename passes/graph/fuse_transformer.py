@@ -20,7 +20,6 @@ from pipeline import (
     PipelineError,
     Prediction,
     load_onnx,
-    new_tensor,
     save_onnx,
 )
 
@@ -134,7 +133,7 @@ def fuse(
     from passes.graph.fusion import MICROSOFT, Left, NotFusedError, Outcome, apply_rule, place_of
     from passes.graph.kept_logits import INPUT, keep_last_logits
     from passes.graph.norm_rules import Gains, fold_gain, simplified_normalization, skip_normalization
-    from passes.quantize.products import register, remove_unused
+    from passes.quantize.products import add_initializer, remove_unused
 
     assert interface.cache is not None and interface.max_length is not None
     graph = model.graph
@@ -144,7 +143,7 @@ def fuse(
         raise PipelineError(f"the graph has no input for the role {' nor '.join(missing)}")
 
     def add(name: str, array: np.ndarray) -> ir.Value:
-        return register(model, _free(graph, name), new_tensor(context.output, name, array))
+        return add_initializer(model, name, array, context)
 
     around = Surroundings(
         inputs=MaskInputs(
@@ -195,12 +194,6 @@ def fuse(
 def _is_new(value: ir.Value) -> bool:
     """Whether the initializer lies in the pack that is still being written."""
     return value.const_value is not None and getattr(value.const_value, "entry", value) is None
-
-
-def _free(graph: ir.Graph, name: str) -> str:
-    while name in graph.initializers:
-        name += "_"
-    return name
 
 
 def _summary(left: Sequence[Left]) -> str:

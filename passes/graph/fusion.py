@@ -87,3 +87,18 @@ def put_in_place(old: ir.Node, nodes: Sequence[ir.Node], outputs: Sequence[tuple
     ir.convenience.replace_nodes_and_values(old.graph, old, [], nodes, before, after)
     for position, value in enumerate(before):  # two values of one name are no graph
         value.name = f"{value.name}.replaced{position}"
+
+
+def int64_constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
+    """The initializer int64 of that name, made where it is not there."""
+    import numpy as np
+    import onnx_ir as ir
+
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.Tensor(np.array(values, np.int64), name=name)
+    value = ir.Value(
+        name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(values)]), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value

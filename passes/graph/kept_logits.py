@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from passes.graph.fusion import NotFusedError, describe
+from passes.graph.fusion import NotFusedError, describe, int64_constant
 from passes.graph.part_of_graph import ancestors
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def keep_last_logits(graph: ir.Graph, *, logits: str, others: Collection[str]) -
     begin = ir.node("Neg", [count], name=f"{INPUT}.begin")
     describe(begin.outputs[0], name=f"{INPUT}.begin.value", dtype=ir.DataType.INT64, shape=[1])
     graph.insert_before(graph[0], begin)
-    end, axis = (_constant(graph, f"{INPUT}.{n}", v) for n, v in (("end", EVERYTHING), ("axis", 1)))
+    end, axis = (int64_constant(graph, f"{INPUT}.{n}", [v]) for n, v in (("end", EVERYTHING), ("axis", 1)))
     for source, users in border.items():
         first = min((node for node, _ in users), key=graph.index)
         cut = ir.node("Slice", [source, begin.outputs[0], end, axis], name=f"{source.name}.last")
@@ -105,13 +105,3 @@ def _check(node: ir.Node, moving: Collection[ir.Value]) -> None:
         axes = node.inputs[3].const_value if len(node.inputs) > 3 and node.inputs[3] is not None else None
         if axes is None or any(int(axis) not in (2, -1) for axis in axes.numpy().reshape(-1)):
             raise NotFusedError("a Slice follows the last attention along another axis than the last")
-
-
-def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
-    import numpy as np
-    import onnx_ir as ir
-
-    tensor = ir.Tensor(np.array([value], np.int64), name=name)
-    made = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]), const_value=tensor)
-    graph.register_initializer(made)
-    return made

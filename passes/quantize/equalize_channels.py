@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from passes.graph.weights_aside import execution_of_graph
 from passes.quantize.block_quantization import for_each
-from passes.quantize.products import Product, find_products, register, remove_unused
+from passes.quantize.products import Product, add_initializer, find_products, remove_unused
 from pipeline import (
     Artifact,
     Field,
@@ -26,7 +26,6 @@ from pipeline import (
     PipelineError,
     Prediction,
     load_onnx,
-    new_tensor,
     save_onnx,
 )
 
@@ -139,8 +138,8 @@ def _equalize(norm: ir.Node, readers: Sequence[Reader], model: ir.Model, strengt
         before = norm.inputs[index]
         assert before is not None and before.const_value is not None
         scaled = (np.asarray(before.const_value.numpy(), np.float32) / factors).astype(before.const_value.dtype.numpy())
-        norm.replace_input_with(index, _initializer(model, f"{before.name}.equalized", scaled, context))
-    along_rows = _initializer(model, f"{gain.name}.scale", factors, context)
+        norm.replace_input_with(index, add_initializer(model, f"{before.name}.equalized", scaled, context))
+    along_rows = add_initializer(model, f"{gain.name}.scale", factors, context)
     along_columns: ir.Value | None = None
     seen: dict[ir.Value, ir.Value] = {}
     for reader in readers:
@@ -150,7 +149,7 @@ def _equalize(norm: ir.Node, readers: Sequence[Reader], model: ir.Model, strengt
                 seen[operand] = _scaled_before_transposition(operand, along_rows)
             else:
                 if along_columns is None:
-                    along_columns = _initializer(model, f"{gain.name}.scale_rows", factors[:, None], context)
+                    along_columns = add_initializer(model, f"{gain.name}.scale_rows", factors[:, None], context)
                 seen[operand] = _times(operand, along_columns, operand.producer() or product.node)
         product.node.replace_input_with(1, seen[operand])
 
@@ -211,9 +210,3 @@ def _times(weight: ir.Value, factors: ir.Value, place: ir.Node) -> ir.Value:
     assert place.graph is not None
     place.graph.insert_before(place, node)
     return node.outputs[0]
-
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray, context: PassContext) -> ir.Value:
-    while name in model.graph.initializers:
-        name += "_"
-    return register(model, name, new_tensor(context.output, name, array))
