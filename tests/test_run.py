@@ -66,7 +66,7 @@ def test_the_report_fits_its_schema_and_nothing_that_was_asked_for_is_missing(re
         assert s.load is not None
         unmeasured = [note for note in result.report.notes if note.startswith("the cold load of ") and s.name in note]
         assert s.load.cold_s is not None or unmeasured  # ten seconds hold few
-        assert s.load.cold_s is not None or s.load.warm_s is not None
+        assert s.load.cold_s is not None or s.load.warm_s is not None or unmeasured
         assert s.inference_peak_memory_bytes
         assert s.cost.wall_s is not None
         assert s.quality is not None

@@ -265,6 +265,8 @@ class Launcher:
         if cold:
             self.cold.done(stage.name)
         dropped = cold and drop_from_page_cache(self.cold.files(stage.name))
+        if cold and not dropped:
+            self.record.kept_in_memory.append(stage.name)
         try:
             if cold and compiled:
                 worker.forget_compiled(stage.artifact)
@@ -284,6 +286,7 @@ class Launcher:
                 launch=launch,
                 load_s=answer["load_s"] + compile_s,
                 cold=dropped,
+                compiled_anew=cold and compiled,
                 environment=answer.get("environment", {}),
             )
         )

@@ -23,6 +23,8 @@ class Record:
     failures: dict[str, str] = field(default_factory=dict)
     unloadable: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kept_in_memory: list[str] = field(default_factory=list)
+    """Stages whose files the kernel did not drop, so that their load was not cold."""
 
     def fail(self, stage: str, replica: int, launch: int, reason: str) -> None:
         """Leave the stage out from here on; without the baseline's second process only the noise is unknown.
@@ -44,11 +46,14 @@ class Record:
             self.notes.append(note)
 
     def load_times(self, stages: Iterable[str]) -> dict[str, LoadTimes]:
-        """Cold: the load for which the files had been dropped; warm: the median of the others."""
+        """Cold: the load for which the files had been dropped; warm: the median of the others.
+
+        One that compiled anew and whose files were in memory is neither.
+        """
         found = {}
         for stage in stages:
             mine = [sample for sample in self.loads if sample.stage == stage]
-            warm = [sample.load_s for sample in mine if not sample.cold]
+            warm = [sample.load_s for sample in mine if not (sample.cold or sample.compiled_anew)]
             found[stage] = LoadTimes(
                 cold_s=next((sample.load_s for sample in mine if sample.cold), None),
                 warm_s=statistics.median(warm) if warm else None,

@@ -50,7 +50,8 @@ class LoadSample(Frozen):
     replica: int = 0
     launch: int | None = Field(description="None for a load that was made only to be timed")
     load_s: float
-    cold: bool = Field(description="True where the kernel had been told to drop the artifact's files from memory")
+    cold: bool = Field(description="True where the artifact's files had been dropped from memory")
+    compiled_anew: bool = Field(default=False, description="True where torch.compile found no kernels kept")
     environment: dict[str, Any] = Field(default_factory=dict, description="threads and affinity as the worker saw them")
 
 

@@ -372,6 +372,11 @@ class _Schedule:
     # The result
 
     def _note_what_is_missing(self) -> None:
+        if self.record.kept_in_memory:
+            self.record.notes.append(
+                f"the cold load of {', '.join(self.record.kept_in_memory)} was not measured: the system kept the files "
+                "in memory, as it does while another process uses them"
+            )
         if not self.launches:
             self.record.notes.append("no stage was measured to the end")
         elif self.launches == 1:

@@ -1,13 +1,15 @@
+import mmap
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 import tiny_models
 
-from pipeline.measure.cold_load import ColdLoads
+from pipeline.measure.cold_load import ColdLoads, files_of
 from pipeline.measure.launches import Launcher, Seat
 from pipeline.measure.nurseries import Nurseries
 from pipeline.measure.process import StageToMeasure
@@ -80,3 +82,15 @@ def test_what_is_loaded_alone_after_the_last_launch_comes_from_its_nursery(
     (pid,) = [nursery.pid for nursery in begun[0].running]
     launcher.close()
     assert not psutil.pid_exists(pid)
+
+
+@linux
+def test_a_load_whose_files_another_process_maps_is_not_called_cold(launcher: Launcher, stage: StageToMeasure) -> None:
+    with ExitStack() as held:
+        for path in files_of(stage.artifact):
+            file = held.enter_context(path.open("rb"))
+            mapped = held.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            assert len(mapped[:])  # touched, so that the pages are in memory
+        launcher.load_cold_alone("source", [Seat(stage)])
+    assert [load.cold for load in launcher.record.loads] == [False]
+    assert launcher.record.kept_in_memory == ["source"]

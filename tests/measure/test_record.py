@@ -36,3 +36,12 @@ def test_cold_and_warm_loads_are_told_apart_and_warm_ones_give_their_median() ->
     times = Record(loads=loads).load_times(["int4", "other"])
     assert (times["int4"].cold_s, times["int4"].warm_s) == (9.0, 2.0)
     assert (times["other"].cold_s, times["other"].warm_s) == (None, None)
+
+
+def test_a_load_that_compiled_anew_without_being_cold_is_neither() -> None:
+    loads = [
+        LoadSample(stage="compiled", launch=0, load_s=28.0, cold=False, compiled_anew=True),
+        LoadSample(stage="compiled", launch=1, load_s=0.5, cold=False),
+    ]
+    times = Record(loads=loads).load_times(["compiled"])["compiled"]
+    assert (times.cold_s, times.warm_s) == (None, 0.5)

@@ -1,5 +1,7 @@
+import mmap
 import os
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import tiny_models
 
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError, StageError
+from pipeline.measure.cold_load import files_of
 from pipeline.measure.launches import seat_together
 from pipeline.measure.looks import LookPlan
 from pipeline.measure.process import StageToMeasure
@@ -632,6 +635,18 @@ def test_compiling_is_a_part_of_loading_cold_and_warm(host: FakeHost, artifacts:
     assert measured.load["source"].warm_s == 0.5
     shapes = {tuple(map(tuple, fields["shapes"])) for _, request, fields in host.asked if request == "compile"}
     assert shapes == {tuple(sorted({(point.batch, point.prompt) for point in WORKLOAD.points()}))}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at which pages stay in memory")
+def test_files_that_stay_in_memory_give_no_cold_load_and_a_note(host: FakeHost, artifacts: dict[str, Artifact]) -> None:
+    stages = with_compiled(artifacts)
+    path = max(files_of(stages["compiled"]), key=lambda path: path.stat().st_size)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert len(mapped[:])  # touched, so that its pages are in memory
+        measured = measure(host, stages)
+    assert (measured.load["compiled"].cold_s, measured.load["compiled"].warm_s) == (None, 2.5)  # not 100.5
+    (note,) = [note for note in measured.notes if "the system kept the files in memory" in note]
+    assert note.startswith("the cold load of compiled")
 
 
 def test_cold_compiling_takes_nothing_from_the_budget_and_is_told(
