@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from passes.graph.agreement import Outputs, largest_difference, outputs_of
+from passes.graph.agreement import Outputs, check_agreement, outputs_of
 from passes.graph.offline import DATA_FILE, open_session, optimize_offline, session_options
 from passes.graph.weights_aside import execution_of_graph, keep_used_opsets, original_of, put_back
 from pipeline import (
@@ -21,7 +21,6 @@ from pipeline import (
     Pass,
     PassContext,
     PassParams,
-    PipelineError,
     Prediction,
     TensorRef,
     load_onnx,
@@ -220,14 +219,14 @@ def _compare(
         context.logger.info("takes %.0f MB of memory beside the mapped files, before %.0f MB", *megabytes)
     if not new.outputs:
         return
-    difference = largest_difference(old.outputs, new.outputs)
-    context.logger.info("largest difference from before: %.1e of the standard deviation", difference)
-    if not difference <= TOLERANCE:
-        raise PipelineError(
-            f"the compiled graph differs from the one before by {difference:.2g} of the standard deviation; "
-            f"{TOLERANCE:.2g} is allowed",
-            hint="this is a fault of ONNX Runtime; leave the pass out",
-        )
+    check_agreement(
+        old.outputs,
+        new.outputs,
+        context,
+        tolerance=TOLERANCE,
+        what="the compiled graph",
+        hint="this is a fault of ONNX Runtime; leave the pass out",
+    )
 
 
 def _loaded(opening: Callable[[], Any], interface: Interface) -> _Loaded:

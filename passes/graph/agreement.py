@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from passes.graph.causal_lm_session import CausalLMSession
-from pipeline import Interface, PipelineError
+from pipeline import Interface, PassContext, PipelineError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,13 +45,31 @@ def outputs_of(session: Any, interface: Interface) -> Outputs:
 def largest_difference(expected: Outputs, given: Outputs) -> float:
     """The largest absolute difference of an output, over the standard deviation of what is expected.
 
-    Raises: PipelineError where the shapes differ.
+    Of a graph without outputs to compare it is 0. Raises: PipelineError where the shapes differ.
     """
-    return max(
+    differences = [
         _difference(role, reference, step[role])
         for call, step in zip(expected, given, strict=True)
         for role, reference in call.items()
-    )
+    ]
+    return max(differences, default=0.0)
+
+
+def check_agreement(
+    expected: Outputs, given: Outputs, context: PassContext, *, tolerance: float, what: str, hint: str
+) -> None:
+    """Log the largest difference of the outputs of `what` from those of the graph before it.
+
+    Raises: PipelineError where it is more than `tolerance`, a share of an output's standard deviation.
+    """
+    difference = largest_difference(expected, given)
+    context.logger.info("largest difference from before: %.1e of the standard deviation", difference)
+    if not difference <= tolerance:  # nor where it is no number
+        raise PipelineError(
+            f"{what} differs from the one before by {difference:.2g} of the standard deviation; "
+            f"{tolerance:.2g} is allowed",
+            hint=hint,
+        )
 
 
 def _difference(role: str, expected: np.ndarray, given: np.ndarray) -> float:

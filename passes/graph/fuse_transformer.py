@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from passes.graph.agreement import largest_difference, outputs_of
+from passes.graph.agreement import check_agreement, outputs_of
 from passes.graph.first_layers import keep_first_layers, widened_bytes
 from passes.graph.offline import open_session, session_options
 from passes.graph.weights_aside import execution_of_graph, keep_used_opsets
@@ -216,11 +216,11 @@ def _compare(before: tuple[ir.Model, Interface], after: tuple[ir.Model, Interfac
     if any(_is_new(value) for value in after[0].graph.initializers.values()):
         context.output.pack_path()  # which flushes what was written to it
     expected, given = (outputs_of(open_session(g, session_options(context.threads)), i) for g, i in (before, after))
-    difference = largest_difference(expected, given)
-    context.logger.info("largest difference from before: %.1e of the standard deviation", difference)
-    if not difference <= TOLERANCE:
-        raise PipelineError(
-            f"the fused graph differs from the one before by {difference:.2g} of the standard deviation; "
-            f"{TOLERANCE:.2g} is allowed",
-            hint="this is a fault of the pass; leave it out, and report the model's config.json",
-        )
+    check_agreement(
+        expected,
+        given,
+        context,
+        tolerance=TOLERANCE,
+        what="the fused graph",
+        hint="this is a fault of the pass; leave it out, and report the model's config.json",
+    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Literal
 
-from passes.graph.agreement import largest_difference, outputs_of
+from passes.graph.agreement import check_agreement, outputs_of
 from passes.graph.half_precision import to_half_precision
 from passes.graph.offline import is_folded, open_session, optimize_offline, session_options
 from passes.graph.weights_aside import execution_of_graph, keep_used_opsets, lay_aside, original_of, put_back
@@ -21,7 +21,6 @@ from pipeline import (
     Pass,
     PassContext,
     PassParams,
-    PipelineError,
     Prediction,
     Requires,
     load_onnx,
@@ -220,16 +219,15 @@ def _compare(
     options = session_options(context.threads, "all" if params.level == "O4" else None)
     expected = outputs_of(open_session(before[0], session_options(context.threads)), before[1])
     given = outputs_of(open_session(after[0], options, providers=_providers(params)), after[1])
-    difference = largest_difference(expected, given)
-    context.logger.info("largest difference from before: %.1e of the standard deviation", difference)
     rounds = any(node.op_type in ROUNDING for node in before[0].graph)
-    tolerance = ROUNDING_TOLERANCE if rounds else TOLERANCE[params.level]
-    if not difference <= tolerance:
-        raise PipelineError(
-            f"the optimized graph differs from the one before by {difference:.2g} of the standard deviation; "
-            f"{tolerance:.2g} is allowed",
-            hint="a lower level, such as O1, leaves out the fusions",
-        )
+    check_agreement(
+        expected,
+        given,
+        context,
+        tolerance=ROUNDING_TOLERANCE if rounds else TOLERANCE[params.level],
+        what="the optimized graph",
+        hint="a lower level, such as O1, leaves out the fusions",
+    )
 
 
 def _providers(params: OptimizeOnnxRuntime.Params) -> tuple[str, ...]:
