@@ -92,7 +92,7 @@ def quantize_gptq(
     blocks = -(-columns // block_size)
     largest = np.float32((1 << bits) - 1)
     scales, zeros = (a.astype(np.float32) for a in _parameters(weight, bits, block_size, symmetric))
-    work = np.array(weight.T, np.float32, order="C")  # [K, N]: a column of the weight is a row here
+    work = np.array(np.asarray(weight).T, np.float32, order="C")  # [K, N]: a column of the weight is a row here
     if order is not None:
         work = work[order]
     codes = np.empty((columns, rows), np.uint8)

@@ -16,10 +16,11 @@ from passes.graph.fuse_transformer import FuseTransformer
 from passes.quantize.equalize_channels import EqualizeChannels, scales
 from passes.quantize.products import find_products
 from passes.quantize.quantize_dynamic import QuantizeDynamic
+from passes.quantize.quantize_static import QuantizeStatic
 from passes.quantize.quantize_weights import QuantizeWeights
 from pipeline import Artifact, PipelineError, load_onnx
 from pipeline.measure.graph_weights import newly_quantized
-from tests.passes.conftest import SIZES
+from tests.passes.conftest import SIZES, give_words
 
 OUTLIER, FACTOR = 5, 40.0
 
@@ -32,6 +33,7 @@ def with_outlier(bench: Any) -> Artifact:
     from transformers import LlamaConfig
 
     folder = bench.checkpoint(LlamaConfig(**SIZES))
+    give_words(folder)  # for those that are calibrated
     weights = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith("layernorm.weight"):
@@ -94,6 +96,22 @@ def test_what_is_rounded_afterwards_is_nearer(bench, with_outlier, equalized, qu
         for artifact in (with_outlier, equalized)
     )
     assert better < 0.8 * plain
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "params"),
+    [
+        (QuantizeWeights, {"method": "gptq", "samples": 4, "sequence_length": 32}),
+        (QuantizeWeights, {"method": "hqq"}),
+        (QuantizeWeights, {"method": "k_quant"}),
+        (QuantizeStatic, {"samples": 4, "sequence_length": 32}),
+    ],
+    ids=["gptq", "hqq", "k_quant", "static"],
+)
+def test_every_other_quantizer_takes_it_too(bench, equalized, quantizer, params):
+    made = bench.run(quantizer, equalized, **params)
+    assert newly_quantized([(load_onnx(equalized), load_onnx(made))]) == (15, 15)
+    assert largest_difference(outputs(bench, equalized), outputs(bench, made)) < 2
 
 
 def test_a_second_time_there_is_nothing_to_do(bench, equalized):
