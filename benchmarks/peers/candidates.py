@@ -64,7 +64,7 @@ def _ours() -> list[Candidate]:
     return [
         _of(conversion, BEST),
         _of(conversion, "pipeline int8_dynamic", stage="int8_dynamic_compiled"),
-        _of(conversion, "pipeline int4_128", stage="int4_128_compiled"),
+        _of(conversion, "pipeline int4_256", stage="int4_256_compiled"),
     ]
 
 
@@ -112,7 +112,7 @@ CANDIDATES = (
     _torch("torch bf16, compiled", compiled=True),
 )
 
-ALONE = {"pipeline int4_128 alone": Conversion("ours", OURS, {"stage": "int4_128"})}
+ALONE = {"pipeline int4_256 alone": Conversion("ours", OURS, {"stage": "int4_256"})}
 """Conversions that are only timed: here one quantization, as the others make, and no second one beside it."""
 
 FP32 = Candidate(REFERENCE, "torch_models", OURS, options={"dtype": "float32"})

@@ -11,7 +11,7 @@ import pytest
 
 from passes.graph.agreement import largest_difference, outputs_of
 from passes.graph.fuse_transformer import FuseTransformer
-from passes.graph.join_products import JoinProducts, is_product
+from passes.graph.join_products import Joiner, JoinProducts, is_product
 from passes.quantize.quantize_weights import QuantizeWeights
 from pipeline import Artifact, PipelineError, load_onnx, load_runner
 from pipeline.runtime import ExecutionSpec
@@ -136,6 +136,21 @@ def test_products_that_differ_are_left(bench):
     after = bench.run(JoinProducts, mixed)
     assert len(products(after)) == 15  # nothing fits together but q and v, whose k is of another kind
     assert difference(bench, mixed, after) < 1e-4
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_of_large_weights_the_first_layers_are_compared(bench, llama, monkeypatch, caplog, wrong):
+    monkeypatch.setattr("passes.graph.join_products.COMPARED_BYTES", 0)
+    monkeypatch.setattr("passes.graph.join_products.FIRST_LAYERS", 1)
+    if wrong:  # keys and values change places
+        together = Joiner.side_by_side
+        monkeypatch.setattr(Joiner, "side_by_side", lambda self, parts, rows: together(self, parts[::-1], rows[::-1]))
+        with pytest.raises(PipelineError, match="the graph with joined products differs"):
+            bench.run(JoinProducts, llama)
+        return
+    with caplog.at_level("INFO"):
+        bench.run(JoinProducts, llama)
+    assert "the first 1 layers are compared" in caplog.text
 
 
 def test_a_graph_without_such_products_is_refused(bench):
