@@ -405,6 +405,26 @@ def put_toolchain(make_once: MakeOnce) -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="session")
+def briefly() -> Callable[[pytest.MonkeyPatch], None]:
+    """Have runs measure for a moment: shorter blocks, and the host's bandwidth from memory that is quickly filled.
+
+    What is measured, by whom and in which order stays what it is. For tests that ask for no more of a figure than that
+    it is there.
+    """
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.measure.rounds.BLOCK_S", 0.05)
+        monkeypatch.setattr("pipeline.hardware.probe._buffer_bytes", lambda host: 64 * 2**20)
+
+    return patch
+
+
+@pytest.fixture
+def measured_briefly(briefly: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    briefly(monkeypatch)
+
+
+@pytest.fixture(scope="session")
 def run_once(make_once: MakeOnce) -> Callable[[str, Callable[[Path], RunResult]], tuple[RunResult, Path]]:
     """(a run that is done once for all test processes, the folder that it was done in)."""
 
@@ -442,11 +462,13 @@ MAIN_JOB = [
 
 
 @pytest.fixture(scope="session")
-def main_job(run_once: Callable[..., tuple[RunResult, Path]]) -> MainJob:
+def main_job(run_once: Callable[..., tuple[RunResult, Path]], briefly: Callable[[pytest.MonkeyPatch], None]) -> MainJob:
     """The shipped recipe, run in an empty store, in which tests may run it again."""
 
     def do(place: Path) -> RunResult:
-        return run(load_recipe("llama2-cpu", MAIN_JOB), store=Store(place / "store"), runs=place / "runs")
+        with pytest.MonkeyPatch.context() as patch:
+            briefly(patch)
+            return run(load_recipe("llama2-cpu", MAIN_JOB), store=Store(place / "store"), runs=place / "runs")
 
     result, place = run_once("main-job", do)
     return MainJob(result, Store(place / "store"), MAIN_JOB)

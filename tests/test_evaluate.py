@@ -19,7 +19,7 @@ from pipeline.report.terminal import render_text
 from pipeline.run import RunResult, run
 from pipeline.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("measured_briefly")]
 
 PASSES = """
 import json
@@ -47,32 +47,36 @@ NAMES = {"too_wide": "TooWide", "plain": "Plain"}
 
 
 WORKLOAD = ["evaluate.budget_s=1", "evaluate.workload.prompt_lengths=[8]", "evaluate.workload.new_tokens=2"]
+WINDOWS = ["evaluate.quality.window=64", "evaluate.quality.stride=32"]
 
 Ran = tuple[RunResult, Path]
 RunOnce = Callable[[str, Callable[[Path], RunResult]], Ran]
 ProbedStore = Callable[[Path], Store]
 
 
-def run_with(package: str, source: str, names: dict[str, str], place: Path, sets: list[str], **where: Any) -> RunResult:
+def run_with(package: str, source: str, names: dict[str, str], place: Path, sets: list[str], **how: Any) -> RunResult:
     """Run llama2-cpu with these settings and passes."""
     with pytest.MonkeyPatch.context() as patch:
-        where["install"](place, package, source, {n: f"{package}:{c}" for n, c in names.items()})
+        how["briefly"](patch)
+        how["install"](place, package, source, {n: f"{package}:{c}" for n, c in names.items()})
         patch.syspath_prepend(str(place))
         patch.setenv("PYTHONPATH", str(place))
-        return run(load_recipe("llama2-cpu", sets), store=where["store"], runs=place / "runs")
+        return run(load_recipe("llama2-cpu", sets), store=how["store"], runs=place / "runs")
 
 
 @pytest.fixture(scope="module")
-def result(run_once: RunOnce, probed_store: ProbedStore, install: Callable[..., None]) -> RunResult:
+def result(
+    run_once: RunOnce, probed_store: ProbedStore, briefly: Callable[..., None], install: Callable[..., None]
+) -> RunResult:
     passes = (
         "passes=[{pass: too_wide}, {pass: plain}, {pass: too_wide, name: unrun, after: source, measure: false}, "
         "{pass: plain, name: other, after: source}]"
     )
-    sets = [passes, "export=null", "gates=[]", "hardware=local", "evaluate.quality.tokens=600", *WORKLOAD]
+    sets = [passes, "export=null", "gates=[]", "hardware=local", "evaluate.quality.tokens=600", *WORKLOAD, *WINDOWS]
 
     def do(place: Path) -> RunResult:
         store = probed_store(place / "store")
-        return run_with("misleading_passes", PASSES, NAMES, place, sets, store=store, install=install)
+        return run_with("misleading_passes", PASSES, NAMES, place, sets, store=store, briefly=briefly, install=install)
 
     return run_once("unloadable", do)[0]
 
@@ -131,12 +135,14 @@ SHORT = [WORSE, "export=null", "gates=[]", "hardware=local", "evaluate.quality.t
 
 
 @pytest.fixture(scope="module")
-def worse(run_once: RunOnce, probed_store: ProbedStore, install: Callable[..., None]) -> Iterator[Ran]:
+def worse(
+    run_once: RunOnce, probed_store: ProbedStore, briefly: Callable[..., None], install: Callable[..., None]
+) -> Iterator[Ran]:
     """A run whose stages predict worse than the model, and the folder of its store."""
 
     def do(place: Path) -> RunResult:
         store, names = probed_store(place / "store"), {"break_layer": "BreakLayer"}
-        return run_with("breaking_passes", BREAKING, names, place, SHORT, store=store, install=install)
+        return run_with("breaking_passes", BREAKING, names, place, SHORT, store=store, briefly=briefly, install=install)
 
     found, place = run_once("worse", do)
     with pytest.MonkeyPatch.context() as patch:  # its passes, for those who run it again
@@ -212,8 +218,7 @@ class Keep(Pass):
         return artifact
 """
 
-FEW = ["export=null", "gates=[]", "hardware=local", "evaluate.quality.tokens=600", *WORKLOAD]
-FEW += ["evaluate.quality.window=64", "evaluate.quality.stride=32"]
+FEW = ["export=null", "gates=[]", "hardware=local", "evaluate.quality.tokens=600", *WORKLOAD, *WINDOWS]
 
 
 @pytest.mark.parametrize("first", ["[]", "[{pass: keep}]"])
@@ -230,9 +235,10 @@ def test_the_baseline_and_a_stage_of_its_artifact_are_told_apart_whoever_was_sco
     text = tmp_path / "text.txt"
     text.write_text(f"Once upon a time there was {first}, and that was made smaller. " * 12)
     store = probed_store(tmp_path / "store")
-    for passes in (first, "[{pass: keep}]"):
+    for passes, known in ((first, False), ("[{pass: keep}]", first != "[]")):
         sets = [*FEW, f"passes={passes}", f"evaluate.quality.text={text}"]
-        found = run(load_recipe("llama2-cpu", sets), store=store, runs=tmp_path / "runs").report
+        # what is remembered of both has to do, once both were scored
+        found = run(load_recipe("llama2-cpu", sets), store=store, runs=tmp_path / "runs", measure=not known).report
         base = found.stage("source").quality
         assert base is not None
         assert base.vs_baseline is None

@@ -48,6 +48,7 @@ def test_every_cell_can_be_planned_and_each_rule_follows_each_exporter(store: St
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_briefly")
 def test_two_rules_change_nothing_and_one_removes_what_torchscript_left(
     probed_store: Callable[[Path], Store], tmp_path: Path
 ) -> None:

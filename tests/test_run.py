@@ -19,7 +19,7 @@ from pipeline.report.schema import StageReport, report_json_schema
 from pipeline.reproduce import read_past_run
 from pipeline.run import RunResult, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("measured_briefly")]
 
 
 @pytest.fixture

@@ -244,6 +244,7 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_briefly")
 def test_a_model_without_a_tokenizer_is_timed_all_the_same(
     cli: Cli, tmp_path: Path, probed_store: Callable[[Path], Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:

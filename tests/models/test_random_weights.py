@@ -352,6 +352,7 @@ def test_tokens_are_drawn_evenly_from_the_vocabulary(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_briefly")
 def test_a_run_compares_its_stages_and_says_what_that_means(
     tmp_path: Path, probed_store: Callable[[Path], Store]
 ) -> None:

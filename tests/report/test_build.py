@@ -69,7 +69,7 @@ def test_a_timing_has_the_median_of_the_report_and_the_fastest_block(report: Rep
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("plugins")
+@pytest.mark.usefixtures("plugins", "measured_briefly")
 def test_a_run_has_rooflines_and_the_next_one_remembers_their_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probed_store: Callable[[Path], Store]
 ) -> None:
