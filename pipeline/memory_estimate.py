@@ -8,13 +8,15 @@ runs a recipe and prints each estimate beside what was measured, which is how th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from pipeline.artifact import ONNX_FILE, Artifact, Component, Frozen, TensorRef
 from pipeline.models.safetensors import DTYPES
-from pipeline.report.schema import PredictedMemory
+
+if TYPE_CHECKING:
+    from pipeline.report.schema import PredictedMemory
 
 MB = 10**6
 
@@ -424,6 +426,8 @@ def predict_memory(
 
     `capacity_bytes` is the target's memory: `fits` says whether inference, with the weights that are mapped, goes in.
     """
+    from pipeline.report.schema import PredictedMemory  # what only runs a pass predicts nothing
+
     model = prediction.model
     held = held_weights(model, device=device)
     runtime = CUDA_CONTEXT_BYTES if device == "cuda" else RUNTIME_BYTES.get(model.format, RUNTIME_BYTES["torch"])

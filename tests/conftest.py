@@ -1,18 +1,30 @@
-"""A model folder without a model, a store of one's own, and a package of passes that a stranger could have written."""
+"""A model folder without a model, a store of one's own, and a package of passes that a stranger could have written.
+
+And what takes long and is the same for all tests, made once for all test processes.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from safetensors.numpy import save_file
 
+from pipeline.hardware import describe_host
+from pipeline.hardware.probe import probe, probe_folder
+from pipeline.recipe import load_recipe
+from pipeline.report.schema import Report
+from pipeline.run import RunResult, run
+from pipeline.runtime import compile_cache
 from pipeline.store import Store
 
 # Two test processes share two cores: threads that spin while they wait for each other would take them from the other's.
@@ -334,3 +346,129 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 def install() -> Callable[..., None]:
     """`install_plugin`, for tests that write passes of their own."""
     return install_plugin
+
+
+# Made once for all test processes
+
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Make a folder of that name, or wait until another test process has made it; nobody may change it afterwards."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made-once"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            if not (shared / f"{name}.made").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                make(folder)
+                (shared / f"{name}.made").touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def probed_store(make_once: MakeOnce) -> Callable[[Path], Store]:
+    """A store in a folder where none is, in which this machine was measured before, as it is for all runs but one."""
+    known = make_once("probe", lambda folder: probe(describe_host(), folder))
+
+    def made(root: Path) -> Store:
+        shutil.copytree(known, probe_folder(root))
+        return Store(root)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def put_toolchain(make_once: MakeOnce) -> Callable[[Path], None]:
+    """Put into a store, in which nothing was compiled, what torch found out about the C++ compiler."""
+
+    def prepare(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCH_WARM_POOL"):  # preparing sets them: put back afterwards
+                patch.setenv(name, "")
+            compile_cache.prepare_toolchain(compile_cache.private_folder(folder / "compiled"))
+
+    known = make_once("toolchain", prepare)
+
+    def put(root: Path) -> None:
+        shutil.copytree(known / "compiled", root / "compiled")
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def briefly() -> Callable[[pytest.MonkeyPatch], None]:
+    """Have runs measure for a moment: shorter blocks, and the host's bandwidth from memory that is quickly filled.
+
+    What is measured, by whom and in which order stays what it is. For tests that ask for no more of a figure than that
+    it is there.
+    """
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.measure.rounds.BLOCK_S", 0.05)
+        monkeypatch.setattr("pipeline.hardware.probe._buffer_bytes", lambda host: 64 * 2**20)
+
+    return patch
+
+
+@pytest.fixture
+def measured_briefly(briefly: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    briefly(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def run_once(make_once: MakeOnce) -> Callable[[str, Callable[[Path], RunResult]], tuple[RunResult, Path]]:
+    """(a run that is done once for all test processes, the folder that it was done in)."""
+
+    def done(name: str, do: Callable[[Path], RunResult]) -> tuple[RunResult, Path]:
+        def make(place: Path) -> None:
+            result = do(place)
+            ended = {"folder": str(result.folder), "exit_code": result.exit_code}
+            (place / "ended.json").write_text(json.dumps(ended))
+
+        place = make_once(name, make)
+        ended = json.loads((place / "ended.json").read_text())
+        folder = Path(ended["folder"])
+        report = Report.model_validate_json((folder / "report.json").read_bytes())
+        return RunResult(report=report, folder=folder, exit_code=ended["exit_code"]), place
+
+    return done
+
+
+class MainJob(NamedTuple):
+    """A run of the shipped recipe, its store, and what else the recipe was told."""
+
+    result: RunResult
+    store: Store
+    overrides: list[str]
+
+
+MAIN_JOB = [
+    "hardware=local",
+    "evaluate.budget_s=1",
+    "evaluate.quality.tokens=2000",
+    "evaluate.workload.prompt_lengths=[16]",
+    "evaluate.workload.new_tokens=8",
+]
+"""Not for its speed: quality on less of the text, and the fewest rounds over little work."""
+
+
+@pytest.fixture(scope="session")
+def main_job(run_once: Callable[..., tuple[RunResult, Path]], briefly: Callable[[pytest.MonkeyPatch], None]) -> MainJob:
+    """The shipped recipe, run in an empty store, in which tests may run it again."""
+
+    def do(place: Path) -> RunResult:
+        with pytest.MonkeyPatch.context() as patch:
+            briefly(patch)
+            return run(load_recipe("llama2-cpu", MAIN_JOB), store=Store(place / "store"), runs=place / "runs")
+
+    result, place = run_once("main-job", do)
+    return MainJob(result, Store(place / "store"), MAIN_JOB)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from pipeline.report.terminal import render_text
 from pipeline.run import RunResult, run
 from pipeline.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("measured_briefly")]
 
 PASSES = """
 import json
@@ -45,19 +46,39 @@ class Plain(Base):
 NAMES = {"too_wide": "TooWide", "plain": "Plain"}
 
 
+WORKLOAD = ["evaluate.budget_s=1", "evaluate.workload.prompt_lengths=[8]", "evaluate.workload.new_tokens=2"]
+WINDOWS = ["evaluate.quality.window=64", "evaluate.quality.stride=32"]
+
+Ran = tuple[RunResult, Path]
+RunOnce = Callable[[str, Callable[[Path], RunResult]], Ran]
+ProbedStore = Callable[[Path], Store]
+
+
+def run_with(package: str, source: str, names: dict[str, str], place: Path, sets: list[str], **how: Any) -> RunResult:
+    """Run llama2-cpu with these settings and passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        how["briefly"](patch)
+        how["install"](place, package, source, {n: f"{package}:{c}" for n, c in names.items()})
+        patch.syspath_prepend(str(place))
+        patch.setenv("PYTHONPATH", str(place))
+        return run(load_recipe("llama2-cpu", sets), store=how["store"], runs=place / "runs")
+
+
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory, install: Callable[..., None]) -> RunResult:
-    place = tmp_path_factory.mktemp("unloadable")
-    install(place, "misleading_passes", PASSES, {n: f"misleading_passes:{c}" for n, c in NAMES.items()})
+def result(
+    run_once: RunOnce, probed_store: ProbedStore, briefly: Callable[..., None], install: Callable[..., None]
+) -> RunResult:
     passes = (
         "passes=[{pass: too_wide}, {pass: plain}, {pass: too_wide, name: unrun, after: source, measure: false}, "
         "{pass: plain, name: other, after: source}]"
     )
-    sets = [passes, "export=null", "gates=[]", "hardware=local", "evaluate.budget_s=1", "evaluate.quality.tokens=600"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(place))
-        patch.setenv("PYTHONPATH", str(place))
-        return run(load_recipe("llama2-cpu", sets), store=Store(place / "store"), runs=place / "runs")
+    sets = [passes, "export=null", "gates=[]", "hardware=local", "evaluate.quality.tokens=600", *WORKLOAD, *WINDOWS]
+
+    def do(place: Path) -> RunResult:
+        store = probed_store(place / "store")
+        return run_with("misleading_passes", PASSES, NAMES, place, sets, store=store, briefly=briefly, install=install)
+
+    return run_once("unloadable", do)[0]
 
 
 def test_a_stage_whose_model_does_not_load_failed_with_its_reason_and_log(result: RunResult) -> None:
@@ -110,19 +131,24 @@ WORSE = (
     "{pass: quantize_weights, name: first_int4, after: export_onnx, head: keep, symmetric: true, block_size: 128, "
     "exclude: ['*layers.[1-9]*']}]"
 )
-SHORT = [WORSE, "export=null", "gates=[]", "hardware=local", "evaluate.budget_s=1", "evaluate.quality.tokens=1500"]
-SHORT += ["evaluate.workload.prompt_lengths=[8]", "evaluate.workload.new_tokens=2"]
+SHORT = [WORSE, "export=null", "gates=[]", "hardware=local", "evaluate.quality.tokens=1500", *WORKLOAD]
 
 
 @pytest.fixture(scope="module")
-def worse(tmp_path_factory: pytest.TempPathFactory, install: Callable[..., None]) -> Iterator[tuple[RunResult, Path]]:
+def worse(
+    run_once: RunOnce, probed_store: ProbedStore, briefly: Callable[..., None], install: Callable[..., None]
+) -> Iterator[Ran]:
     """A run whose stages predict worse than the model, and the folder of its store."""
-    place = tmp_path_factory.mktemp("worse")
-    install(place, "breaking_passes", BREAKING, {"break_layer": "breaking_passes:BreakLayer"})
-    with pytest.MonkeyPatch.context() as patch:
+
+    def do(place: Path) -> RunResult:
+        store, names = probed_store(place / "store"), {"break_layer": "BreakLayer"}
+        return run_with("breaking_passes", BREAKING, names, place, SHORT, store=store, briefly=briefly, install=install)
+
+    found, place = run_once("worse", do)
+    with pytest.MonkeyPatch.context() as patch:  # its passes, for those who run it again
         patch.syspath_prepend(str(place))
         patch.setenv("PYTHONPATH", str(place))
-        yield run(load_recipe("llama2-cpu", SHORT), store=Store(place / "store"), runs=place / "runs"), place
+        yield found, place
 
 
 def quality_of(result: RunResult, name: str) -> tuple[QualityRatio, Divergence]:
@@ -133,7 +159,7 @@ def quality_of(result: RunResult, name: str) -> tuple[QualityRatio, Divergence]:
     return quality.vs_baseline, quality.divergence
 
 
-def test_a_broken_layer_is_broken_named_and_ends_the_run_with_exit_code_1(worse: tuple[RunResult, Path]) -> None:
+def test_a_broken_layer_is_broken_named_and_ends_the_run_with_exit_code_1(worse: Ran) -> None:
     paired, divergence = quality_of(worse[0], "wrong")
     assert paired.verdict == "broken"
     assert "times the baseline's: beyond 2" in str(paired.reason)
@@ -143,7 +169,7 @@ def test_a_broken_layer_is_broken_named_and_ends_the_run_with_exit_code_1(worse:
     assert worse[0].report.export != "wrong"
 
 
-def test_a_layer_that_was_rounded_alone_is_the_only_one_with_an_error_of_its_own(worse: tuple[RunResult, Path]) -> None:
+def test_a_layer_that_was_rounded_alone_is_the_only_one_with_an_error_of_its_own(worse: Ran) -> None:
     paired, divergence = quality_of(worse[0], "first_int4")
     assert paired.verdict == "degraded"
     assert "beyond" in str(paired.reason)
@@ -153,7 +179,7 @@ def test_a_layer_that_was_rounded_alone_is_the_only_one_with_an_error_of_its_own
     assert [e.layer for e in divergence.layers if e.added is None or e.added > 1e-4] == ["layer 0"]
 
 
-def test_what_is_as_good_as_the_baseline_has_no_divergence(worse: tuple[RunResult, Path]) -> None:
+def test_what_is_as_good_as_the_baseline_has_no_divergence(worse: Ran) -> None:
     exported = worse[0].report.stage("export_onnx").quality
     assert exported is not None
     assert exported.divergence is None
@@ -161,14 +187,13 @@ def test_what_is_as_good_as_the_baseline_has_no_divergence(worse: tuple[RunResul
     assert exported.vs_baseline.verdict in {"identical", "equivalent"}
 
 
-def test_another_threshold_judges_what_is_remembered(worse: tuple[RunResult, Path]) -> None:
+def test_another_threshold_judges_what_is_remembered(worse: Ran, tmp_path: Path) -> None:
     result, place = worse
     thresholds = {"equivalent_kl_divergence": 5, "equivalent_perplexity_ratio": 1.9, "broken_perplexity_ratio": 1e9}
     thresholds |= {"broken_top1_agreement": 0}
     sets = [f"evaluate.quality.thresholds.{name}={value}" for name, value in thresholds.items()]
-    again = run(
-        load_recipe("llama2-cpu", [*SHORT, *sets]), store=Store(place / "store"), runs=place / "runs", measure=False
-    )
+    recipe = load_recipe("llama2-cpu", [*SHORT, *sets])
+    again = run(recipe, store=Store(place / "store"), runs=tmp_path / "runs", measure=False)
     then, now = (found.report.stage("first_int4").quality for found in (result, again))
     assert then is not None
     assert now is not None
@@ -193,15 +218,13 @@ class Keep(Pass):
         return artifact
 """
 
-FEW = ["export=null", "gates=[]", "hardware=local", "evaluate.budget_s=1", "evaluate.quality.tokens=600"]
-FEW += ["evaluate.quality.window=64", "evaluate.quality.stride=32"]
-FEW += ["evaluate.workload.prompt_lengths=[8]", "evaluate.workload.new_tokens=2"]
+FEW = ["export=null", "gates=[]", "hardware=local", "evaluate.quality.tokens=600", *WORKLOAD, *WINDOWS]
 
 
 @pytest.mark.parametrize("first", ["[]", "[{pass: keep}]"])
 def test_the_baseline_and_a_stage_of_its_artifact_are_told_apart_whoever_was_scored_first(
     first: str,
-    worse: tuple[RunResult, Path],
+    probed_store: ProbedStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     install: Callable[..., None],
@@ -211,10 +234,11 @@ def test_the_baseline_and_a_stage_of_its_artifact_are_told_apart_whoever_was_sco
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     text = tmp_path / "text.txt"
     text.write_text(f"Once upon a time there was {first}, and that was made smaller. " * 12)
-    for passes in (first, "[{pass: keep}]"):
+    store = probed_store(tmp_path / "store")
+    for passes, known in ((first, False), ("[{pass: keep}]", first != "[]")):
         sets = [*FEW, f"passes={passes}", f"evaluate.quality.text={text}"]
-        store = Store(worse[1] / "store")  # where this machine was measured
-        found = run(load_recipe("llama2-cpu", sets), store=store, runs=tmp_path / "runs").report
+        # what is remembered of both has to do, once both were scored
+        found = run(load_recipe("llama2-cpu", sets), store=store, runs=tmp_path / "runs", measure=not known).report
         base = found.stage("source").quality
         assert base is not None
         assert base.vs_baseline is None

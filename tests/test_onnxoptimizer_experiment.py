@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ SHRUNKEN = [
     "model.architecture.vocab_size=300",
     "evaluate.workload.forward=[[2, 16]]",
     "evaluate.looks=[3]",
-    "evaluate.budget_s=5",
+    "evaluate.budget_s=1",
 ]
 
 
@@ -47,7 +48,11 @@ def test_every_cell_can_be_planned_and_each_rule_follows_each_exporter(store: St
 
 
 @pytest.mark.slow
-def test_two_rules_change_nothing_and_one_removes_what_torchscript_left(store: Store, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("measured_briefly")
+def test_two_rules_change_nothing_and_one_removes_what_torchscript_left(
+    probed_store: Callable[[Path], Store], tmp_path: Path
+) -> None:
+    store = probed_store(tmp_path / "store")
     report = run(load_recipe("llama2-onnxoptimizer", SHRUNKEN), store=store, runs=tmp_path / "runs").report
     kinds = {stage.name: stage.effect.kind for stage in report.stages if stage.effect is not None}
     assert {kinds[name] for name in RULES} == {"none"}

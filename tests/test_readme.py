@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,6 @@ from pipeline.cli import app
 from pipeline.recipe.load import recipe_from_text
 from pipeline.resolve import plan_recipe
 from pipeline.run import run
-from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,10 +50,10 @@ def test_every_linked_file_is_there() -> None:
 
 
 @pytest.mark.slow
-def test_the_python_in_the_readme_generates_the_text_in_the_readme(tmp_path: Path, store: Store) -> None:
+def test_the_python_in_the_readme_generates_the_text_in_the_readme(tmp_path: Path, main_job: Any) -> None:
     recipe = recipe_from_text(blocks("yaml")[0], file="README.md", folder=ROOT)
-    assert plan_recipe(recipe, store=store).stages
-    run(recipe, store=store, measure=False, runs=tmp_path / "runs")
+    assert plan_recipe(recipe, store=main_job.store).stages
+    run(recipe, store=main_job.store, measure=False, runs=tmp_path / "runs")
     code = blocks("python")[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     shown = README.partition(code)[2].split("```")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -17,22 +18,13 @@ from pipeline.recipe import load_recipe
 from pipeline.report.schema import StageReport, report_json_schema
 from pipeline.reproduce import read_past_run
 from pipeline.run import RunResult, run
-from pipeline.store import Store
 
-SMALL = ["evaluate.budget_s=10", "evaluate.quality.tokens=2000", "hardware=local"]
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("measured_briefly")]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("main-job")
-
-
-@pytest.fixture(scope="module")
-def result(place: Path) -> RunResult:
-    store = Store(place / "store")
-    return run(load_recipe("llama2-cpu", SMALL), store=store, runs=place / "runs")
+@pytest.fixture
+def result(main_job: Any) -> RunResult:
+    return main_job.result
 
 
 def stage(result: RunResult, name: str) -> StageReport:
@@ -65,7 +57,7 @@ def test_the_report_fits_its_schema_and_nothing_that_was_asked_for_is_missing(re
         assert {p.kind for p in s.speed} == {"prefill", "decode"}
         assert s.load is not None
         unmeasured = [note for note in result.report.notes if note.startswith("the cold load of ") and s.name in note]
-        assert s.load.cold_s is not None or unmeasured  # ten seconds hold few
+        assert s.load.cold_s is not None or unmeasured  # a second holds few
         assert s.load.cold_s is not None or s.load.warm_s is not None or unmeasured
         assert s.inference_peak_memory_bytes
         assert s.cost.wall_s is not None
@@ -122,21 +114,23 @@ def test_the_exported_model_generates_the_text_that_was_measured(result: RunResu
     assert tokenizer.decode(made, skip_special_tokens=False) == wanted
 
 
-def test_a_second_run_caches_every_stage_and_its_quality_and_measures_speed_anew(
-    result: RunResult, place: Path
-) -> None:
-    again = run(load_recipe("llama2-cpu", SMALL), store=Store(place / "store"), runs=place / "runs")
+def test_a_second_run_caches_every_stage_and_its_quality_and_measures_speed_anew(main_job: Any, tmp_path: Path) -> None:
+    result = main_job.result
+    # it would be compiled anew, too, to be loaded cold
+    overrides = [*main_job.overrides, "passes.torch_compiled.measure=false"]
+    again = run(load_recipe("llama2-cpu", overrides), store=main_job.store, runs=tmp_path / "runs")
     assert {s.status for s in again.report.stages} == {"cached"}
     assert stage(again, "int4").quality == stage(result, "int4").quality
     assert stage(again, "int4").speed != stage(result, "int4").speed
-    assert (place / "runs" / "llama2-cpu" / "latest").resolve() == again.folder.resolve()
+    assert (tmp_path / "runs" / "llama2-cpu" / "latest").resolve() == again.folder.resolve()
 
 
-def test_the_models_of_two_runs_are_measured_again_side_by_side(result: RunResult, place: Path) -> None:
-    store, runs = Store(place / "store"), place / "runs"
-    other = run(load_recipe("llama2-cpu", [*SMALL, "passes.int4.bits=8"]), store=store, runs=runs, measure=False)
+def test_the_models_of_two_runs_are_measured_again_side_by_side(main_job: Any, tmp_path: Path) -> None:
+    result, store, runs = main_job.result, main_job.store, tmp_path / "runs"
+    recipe = load_recipe("llama2-cpu", [*main_job.overrides, "passes.int4.bits=8"])
+    other = run(recipe, store=store, runs=runs, measure=False)
     a, b = (read_past_run(str(folder), runs) for folder in (result.folder, other.folder))
-    found = compare(a, b, store=store, runs=runs, stages=["int4", "optimized"], budget_s=5)
+    found = compare(a, b, store=store, runs=runs, stages=["int4", "optimized"], budget_s=1)
     stages = {s.name: s for s in found.comparison.stages}
     assert {name: (s.status, s.same_artifact) for name, s in stages.items()} == {
         "int4": ("paired", False),
@@ -150,9 +144,10 @@ def test_the_models_of_two_runs_are_measured_again_side_by_side(result: RunResul
     assert {path.name for path in found.folder.iterdir()} >= {"comparison.html", "comparison.json", "samples.json"}
 
 
-def test_without_measuring_quality_is_remembered_and_speed_is_not_shown(result: RunResult, place: Path) -> None:
-    quiet = run(load_recipe("llama2-cpu", SMALL), store=Store(place / "store"), runs=place / "runs", measure=False)
-    assert stage(quiet, "int4").quality == stage(result, "int4").quality
+def test_without_measuring_quality_is_remembered_and_speed_is_not_shown(main_job: Any, tmp_path: Path) -> None:
+    recipe = load_recipe("llama2-cpu", main_job.overrides)
+    quiet = run(recipe, store=main_job.store, runs=tmp_path / "runs", measure=False)
+    assert stage(quiet, "int4").quality == stage(main_job.result, "int4").quality
     assert stage(quiet, "int4").speed is None
     assert any("--no-measure" in note for note in quiet.report.notes)
 
@@ -186,11 +181,11 @@ def garbage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, install: Callable[.
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-@pytest.mark.usefixtures("garbage", "result")
-def test_a_stage_whose_output_is_garbage_is_broken_and_ends_with_1(place: Path) -> None:
+@pytest.mark.usefixtures("garbage")
+def test_a_stage_whose_output_is_garbage_is_broken_and_ends_with_1(main_job: Any, tmp_path: Path) -> None:
     passes = "passes=[{pass: export_onnx}, {pass: negate}]"
-    overrides = [*SMALL, passes, "export=null", "gates=[]", "evaluate.budget_s=2"]
-    made = run(load_recipe("llama2-cpu", overrides), store=Store(place / "store"), runs=place / "runs")
+    overrides = [*main_job.overrides, passes, "export=null", "gates=[]"]
+    made = run(load_recipe("llama2-cpu", overrides), store=main_job.store, runs=tmp_path / "runs")
     quality = stage(made, "negate").quality
     assert quality is not None
     assert quality.vs_baseline is not None

@@ -21,7 +21,6 @@ from pathlib import Path
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError
 from pipeline.execute.request import REQUEST, RESULT, Answer, Failure, Request, describe
-from pipeline.models.random_weights import draw_model
 from pipeline.parent import die_with_parent
 from pipeline.plugin import PassContext, Registry
 from pipeline.store.room import DISK_FULL
@@ -57,6 +56,8 @@ def _run(folder: Path, report: object) -> Answer:
     )
     try:
         if request.artifact is None:
+            from pipeline.models.random_weights import draw_model
+
             return Answer(manifest=draw_model(request.params, context.output, context.progress, blobs).manifest)
         found = Registry().load(request.pass_name)
         params = found.Params.model_validate_json(json.dumps(request.params))

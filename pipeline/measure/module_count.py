@@ -1,7 +1,7 @@
-"""The process that counts a checkpoint's modules: `python -P -m pipeline.measure.module_count`.
+"""The process that counts modules of checkpoints: `python -P -m pipeline.measure.module_count`.
 
-It reads {manifest, blobs} from standard input and writes {class: modules} to standard output. The model is built on
-torch's meta device: it has shapes and no weights.
+It reads [{manifest, blobs}, …] from standard input and writes [{class: modules}, …] to standard output. The models are
+built on torch's meta device: they have shapes and no weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ def main() -> int:
     die_with_parent()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)  # what libraries print goes to standard error
-        request = json.load(sys.stdin)
-        modules = modules_of(Artifact(Manifest.model_validate(request["manifest"]), Path(request["blobs"])))
-        answer.write(json.dumps(modules))
+        asked = [Artifact(Manifest.model_validate(one["manifest"]), Path(one["blobs"])) for one in json.load(sys.stdin)]
+        answer.write(json.dumps([modules_of(artifact) for artifact in asked]))
     return 0
 
 

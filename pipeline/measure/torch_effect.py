@@ -57,20 +57,21 @@ def _weights(artifact: Artifact) -> dict[Place, TensorRef]:
 
 
 def changed_modules(before: Artifact, after: Artifact) -> dict[str, tuple[int, int]]:
-    """Modules by class, before and after, where the number changed; empty where transformers cannot build either."""
-    old = count_modules(before)
-    new = count_modules(after) if old else old
-    if not new:
+    """Modules by class, before and after, where the number changed; empty where transformers cannot build both."""
+    counted = count_modules(before, after)
+    if not counted:
         return {}
+    old, new = counted
     return {name: (old[name], new[name]) for name in sorted(old.keys() | new.keys()) if old[name] != new[name]}
 
 
-def count_modules(artifact: Artifact) -> Counter[str]:
-    """Modules by class, of the model that its configuration describes; empty where transformers cannot build it."""
+def count_modules(*artifacts: Artifact) -> list[Counter[str]]:
+    """Modules by class, of the models that the configurations describe; none where transformers cannot build one."""
+    asked = [{"manifest": a.manifest.model_dump(mode="json"), "blobs": str(a.blobs)} for a in artifacts]
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "pipeline.measure.module_count"],
-            input=json.dumps({"manifest": artifact.manifest.model_dump(mode="json"), "blobs": str(artifact.blobs)}),
+            input=json.dumps(asked),
             capture_output=True,
             text=True,
             env=worker_environment(1),
@@ -78,9 +79,9 @@ def count_modules(artifact: Artifact) -> Counter[str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Counter()
-    found = json.loads(done.stdout) if done.returncode == 0 else {}
-    return Counter({visible(name): count for name, count in found.items()})
+        return []
+    found = json.loads(done.stdout) if done.returncode == 0 else []
+    return [Counter({visible(name): count for name, count in modules.items()}) for modules in found]
 
 
 def place_of(artifact: Artifact, component: str, ref: TensorRef) -> Place:

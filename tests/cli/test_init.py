@@ -244,7 +244,11 @@ def test_it_imports_no_heavy_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_without_a_tokenizer_is_timed_all_the_same(cli: Cli, tmp_path: Path, store: Store) -> None:
+@pytest.mark.usefixtures("measured_briefly")
+def test_a_model_without_a_tokenizer_is_timed_all_the_same(
+    cli: Cli, tmp_path: Path, probed_store: Callable[[Path], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_STORE", str(probed_store(tmp_path / "store").root))
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
@@ -252,6 +256,7 @@ def test_a_model_without_a_tokenizer_is_timed_all_the_same(cli: Cli, tmp_path: P
     model.save_pretrained(tmp_path / "work" / "tiny")
     assert "no tokenizer.json" in cli("init", "tiny").out
     small = ["evaluate.budget_s=1", "passes=[]", "export=null", "evaluate.workload.prompt_lengths=[8]"]
+    small += ["evaluate.workload.new_tokens=4"]
     done = cli("run", "tiny.yaml", *(word for s in small for word in ("--set", s)), "--json")
     assert done.code == 3
     report = json.loads(done.out)

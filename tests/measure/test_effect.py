@@ -280,6 +280,7 @@ class TestWhatAPassTells:
         assert with_rules(self.UNCHANGED, {}) == self.UNCHANGED
 
 
+@pytest.mark.slow
 def test_parameters_and_data_types_of_a_checkpoint_are_counted(tmp_path: Path) -> None:
     source = tiny_models.torch_artifact(tiny_models.save_llama(tmp_path / "llama"))
     half = tiny_models.torch_artifact(tiny_models.save_llama(tmp_path / "half", dtype="bfloat16"))

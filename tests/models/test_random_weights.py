@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,11 @@ def test_tokens_are_drawn_evenly_from_the_vocabulary(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_compares_its_stages_and_says_what_that_means(tmp_path: Path, store: Store) -> None:
+@pytest.mark.usefixtures("measured_briefly")
+def test_a_run_compares_its_stages_and_says_what_that_means(
+    tmp_path: Path, probed_store: Callable[[Path], Store]
+) -> None:
+    store = probed_store(tmp_path / "store")
     passes = "[{pass: export_onnx}, {pass: quantize_weights, bits: 8, block_size: 32}]"
     file = tmp_path / "x.yaml"
     file.write_text(f"version: 1\nname: x\nmodel: {text_of()}\npasses: {passes}\nevaluate: {SHORT}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -68,13 +69,14 @@ def test_a_timing_has_the_median_of_the_report_and_the_fastest_block(report: Rep
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("plugins")
+@pytest.mark.usefixtures("plugins", "measured_briefly")
 def test_a_run_has_rooflines_and_the_next_one_remembers_their_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probed_store: Callable[[Path], Store]
 ) -> None:
     sets = ["passes=[{pass: mark}]", "export=null", "gates=[]", "hardware=local"]
-    sets += ["evaluate.budget_s=1", "evaluate.quality.tokens=600", "evaluate.workload.new_tokens=8"]
-    store = Store(tmp_path / "store")
+    sets += ["evaluate.budget_s=1", "evaluate.quality.tokens=600", "evaluate.quality.window=64"]
+    sets += ["evaluate.quality.stride=32", "evaluate.workload.prompt_lengths=[8]", "evaluate.workload.new_tokens=4"]
+    store = probed_store(tmp_path / "store")
     first = run(load_recipe("llama2-cpu", sets), store=store, runs=tmp_path / "runs").report
     found = first.stage("mark").roofline
     assert found is not None

@@ -260,8 +260,16 @@ def test_what_is_not_compiled_has_nothing_to_compile_or_forget(artifact: Artifac
 
 
 @pytest.fixture(scope="module")
-def compiled_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("store")
+def compiled_store(tmp_path_factory: pytest.TempPathFactory, put_toolchain: Callable[[Path], None]) -> Path:
+    store = tmp_path_factory.mktemp("store")
+    put_toolchain(store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def shallow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer, which compiles in half the time of two."""
+    return tiny_models.save_llama(tmp_path_factory.mktemp("shallow"), layers=1)
 
 
 @pytest.mark.slow
@@ -282,13 +290,18 @@ class TestCompiled:
     def static(self, artifact: Artifact) -> Artifact:
         return with_execution(artifact, compile={"fullgraph": True}, cache="static", max_length=32)
 
+    @pytest.fixture
+    def shallow(self, shallow_checkpoint: Path) -> Artifact:
+        artifact = tiny_models.torch_artifact(shallow_checkpoint)
+        return with_execution(artifact, compile={"fullgraph": True}, cache="static", max_length=32)
+
     def test_gives_the_logits_of_the_uncompiled_model(self, static: Artifact, expected: np.ndarray) -> None:
         runner = TorchRunner(static, ExecutionSpec())
         np.testing.assert_allclose(all_logits(runner, 12), expected, atol=1e-5)
         np.testing.assert_allclose(all_logits(runner, 15), expected, atol=1e-5)  # the cache used again
 
-    def test_prompts_of_all_lengths_share_one_graph_and_single_tokens_another(self, static: Artifact) -> None:
-        runner = TorchRunner(static, ExecutionSpec())
+    def test_prompts_of_all_lengths_share_one_graph_and_single_tokens_another(self, shallow: Artifact) -> None:
+        runner = TorchRunner(shallow, ExecutionSpec())
         before = runner.compilations
         runner.compile_shapes(1, 8)
         assert runner.compilations == before + 2
@@ -311,33 +324,34 @@ class TestCompiled:
         np.testing.assert_allclose(all_logits(runner, 4), expected, atol=1e-5)
         assert runner.compilations == compiled
 
-    def test_a_second_load_takes_the_kernels_of_the_first_until_they_are_forgotten(self, static: Artifact) -> None:
+    def test_a_second_load_takes_the_kernels_of_the_first_until_they_are_forgotten(self, shallow: Artifact) -> None:
         import torch
         from torch._dynamo.utils import counters
 
         def misses() -> int:
             torch._dynamo.reset()
             counters.clear()
-            TorchRunner(static, ExecutionSpec()).compile_shapes(1, 8)
+            TorchRunner(shallow, ExecutionSpec()).compile_shapes(1, 8)
             return int(counters["inductor"]["fxgraph_cache_miss"])
 
-        TorchRunner.forget_compiled(static, ExecutionSpec())
+        TorchRunner.forget_compiled(shallow, ExecutionSpec())
         assert misses() == 2
         assert misses() == 0
-        assert TorchRunner.forget_compiled(static, ExecutionSpec())
+        assert TorchRunner.forget_compiled(shallow, ExecutionSpec())
         assert misses() == 2
 
     def test_a_process_that_compiles_writes_nowhere_but_in_the_store(
-        self, static: Artifact, tmp_path: Path, compiled_store: Path
+        self, shallow: Artifact, tmp_path: Path, compiled_store: Path
     ) -> None:
-        TorchRunner.forget_compiled(static, ExecutionSpec())
+        TorchRunner.forget_compiled(shallow, ExecutionSpec())
         code = (
             "import sys, pathlib\n"
             "from pipeline.artifact import Artifact, Manifest\n"
             "from pipeline.runtime import ExecutionSpec, load_runner\n"
             "manifest = Manifest.model_validate_json(sys.stdin.read())\n"
-            f"runner = load_runner(Artifact(manifest, pathlib.Path({str(static.blobs)!r})), ExecutionSpec())\n"
-            "runner.compile_shapes(1, 8)\n"
+            f"runner = load_runner(Artifact(manifest, pathlib.Path({str(shallow.blobs)!r})), ExecutionSpec())\n"
+            "runner.prefill([[1, 2, 3, 4, 5, 6, 7, 8]])\n"
+            "assert runner.compilations == 1\n"
             "import psutil; print(len(psutil.Process().children()))"
         )
         places = {name: str(tmp_path / name) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
@@ -347,7 +361,7 @@ class TestCompiled:
         del environment["TORCHINDUCTOR_CACHE_DIR"]
         done = subprocess.run(
             [sys.executable, "-P", "-c", code],
-            input=static.manifest.model_dump_json(),
+            input=shallow.manifest.model_dump_json(),
             env=environment,
             capture_output=True,
             text=True,
@@ -358,16 +372,17 @@ class TestCompiled:
         assert list((tmp_path / "TMPDIR").iterdir()) == []
 
     def test_shapes_beyond_the_limit_are_an_error_and_never_run_uncompiled(
-        self, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+        self, shallow: Artifact, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("pipeline.runtime.torch.RECOMPILE_LIMIT", 1)
-        runner = TorchRunner(with_execution(artifact, compile={"dynamic": False}, cache="static"), ExecutionSpec())
+        runner = TorchRunner(with_execution(shallow, compile={"dynamic": False}), ExecutionSpec())
         runner.prefill(TOKENS)
         with pytest.raises(PipelineError, match=r"cannot compile the model for tokens \[2, 19\]"):
             runner.prefill(TOKENS[:, :19])
 
-    def test_bfloat16_is_computed_in_bfloat16(self, static: Artifact, expected: np.ndarray) -> None:
-        runner = TorchRunner(with_execution(static, dtype="bfloat16"), ExecutionSpec())
+    def test_bfloat16_is_computed_in_bfloat16(self, shallow: Artifact, shallow_checkpoint: Path) -> None:
+        expected = tiny_models.llama_logits(shallow_checkpoint, TOKENS)
+        runner = TorchRunner(with_execution(shallow, dtype="bfloat16"), ExecutionSpec())
         half = runner.prefill(TOKENS)
         assert runner.dtype == "bfloat16"
         assert not np.allclose(half, expected[:, -1], atol=1e-5)
@@ -383,8 +398,9 @@ class TestCompiled:
         assert runner.device_peak_memory_bytes is not None
         assert runner.device_peak_memory_bytes >= static.manifest.weights_bytes
 
-    def test_whole_passes_of_all_lengths_share_one_graph(self, static: Artifact, expected: np.ndarray) -> None:
-        runner = TorchRunner(static, ExecutionSpec())
+    def test_whole_passes_of_all_lengths_share_one_graph(self, shallow: Artifact, shallow_checkpoint: Path) -> None:
+        expected = tiny_models.llama_logits(shallow_checkpoint, TOKENS)
+        runner = TorchRunner(shallow, ExecutionSpec())
         runner.forward(TOKENS[:, :12])
         compiled = runner.compilations
         np.testing.assert_allclose(runner.forward(TOKENS), expected[:, -1], atol=1e-5)

@@ -23,7 +23,7 @@ def entry_of(path: Path) -> FileEntry:
     return FileEntry(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data), path=str(path.resolve()))
 
 
-def save_llama(folder: Path, *, dtype: str = "float32", seed: int = 0, tied: bool = False) -> Path:
+def save_llama(folder: Path, *, dtype: str = "float32", seed: int = 0, tied: bool = False, layers: int = 2) -> Path:
     """Write a random Llama checkpoint and a tokenizer of words w0 … w63."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,7 +34,7 @@ def save_llama(folder: Path, *, dtype: str = "float32", seed: int = 0, tied: boo
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
