@@ -14,6 +14,7 @@ from passes.graph.half_precision import to_half_precision
 from passes.graph.optimize_onnxruntime import OptimizeOnnxRuntime
 from passes.quantize.quantize_weights import QuantizeWeights
 from pipeline import Artifact, PassContext, PipelineError, Requires, load_onnx, save_onnx
+from pipeline.hardware import describe_host
 from pipeline.runtime import ExecutionSpec, load_runner
 from pipeline.store.writer import OutputWriter
 
@@ -231,8 +232,8 @@ class TestHalfPrecision:
         assert requirements("O3") == Requires()
 
     @pytest.mark.skipif(
-        "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
-        reason="float16 is for CUDA, which this ONNX Runtime does not have",
+        "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not describe_host().gpus,
+        reason="float16 is for CUDA: it needs a GPU and an ONNX Runtime that has CUDA",
     )
     def test_runs_on_cuda(self, bench, exported_llama):
         made = bench.run(OptimizeOnnxRuntime, exported_llama, level="O4")
