@@ -246,6 +246,9 @@ def test_a_cuda_device_means_cuda_s_provider() -> None:
 
 
 BUILT_FOR_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+TF32 = 0.01
+"""Share of the logits' standard deviation by which they may differ: ONNX Runtime multiplies float32 with ten bits of
+mantissa on CUDA, and a wrong graph differs by the whole of it."""
 needs_cuda = pytest.mark.skipif(
     not BUILT_FOR_CUDA or not find_gpus(), reason="needs a CUDA GPU and an ONNX Runtime that has CUDA"
 )
@@ -288,8 +291,8 @@ def test_a_provider_that_onnx_runtime_leaves_out_is_an_error(
 @needs_cuda
 def test_on_cuda_the_logits_are_the_same(artifact: Artifact) -> None:
     runner = OnnxRuntimeRunner(artifact, ExecutionSpec(device="cuda"))
-    np.testing.assert_allclose(runner.prefill(TOKENS[:, :19]), EXPECTED[:, 18], atol=1e-2)
-    np.testing.assert_allclose(runner.decode(TOKENS[:, 19:]), EXPECTED[:, 19], atol=1e-2)
+    np.testing.assert_allclose(runner.prefill(TOKENS[:, :19]), EXPECTED[:, 18], atol=TF32 * EXPECTED.std())
+    np.testing.assert_allclose(runner.decode(TOKENS[:, 19:]), EXPECTED[:, 19], atol=TF32 * EXPECTED.std())
 
 
 def test_loading_a_model_starts_no_telemetry(artifact: Artifact) -> None:
@@ -429,10 +432,12 @@ class TestACacheThatIsExtendedInPlace:
     @needs_cuda
     def test_on_cuda_the_logits_are_the_same(self, grouped: Artifact, runner: OnnxRuntimeRunner) -> None:
         there = OnnxRuntimeRunner(grouped, ExecutionSpec(device="cuda"))
-        np.testing.assert_allclose(there.prefill(LONG[:, :12]), runner.prefill(LONG[:, :12]), atol=1e-2)
+        expected = runner.prefill(LONG[:, :12])
+        close = TF32 * expected.std()
+        np.testing.assert_allclose(there.prefill(LONG[:, :12]), expected, atol=close)
         for position in range(12, 30):
             token = LONG[:, position : position + 1]
-            np.testing.assert_allclose(there.decode(token), runner.decode(token), atol=1e-2)
+            np.testing.assert_allclose(there.decode(token), runner.decode(token), atol=close)
 
 
 class TestTwoPhases:
