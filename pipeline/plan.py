@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -176,7 +176,9 @@ def make_plan(
             *doubts,
         ),
         obstacles=tuple(
-            obstacles + ([] if force else _disk_obstacles(stages_with_memory, store)) + _device_obstacles(profile, host)
+            obstacles
+            + ([] if force else _disk_obstacles(stages_with_memory, store))
+            + _device_obstacles(stages_with_memory, profile, host)
         ),
     )
 
@@ -425,14 +427,21 @@ def _lacking(found: type[Pass], params: PassParams, host: Host) -> str:
     return ""
 
 
-def _device_obstacles(profile: HardwareProfile, host: Host) -> list[str]:
+def _device_obstacles(stages: Iterable[PlannedStage], profile: HardwareProfile, host: Host) -> list[str]:
+    """Devices and execution providers of the profile that the host lacks and that some stage would run on."""
     if profile.device == "cuda" and not host.gpus:
         return [
             f"the profile {profile.name} is a CUDA device and this host has none; "
             "run on a machine with an NVIDIA GPU and driver, or use --set hardware=local"
         ]
     missing = [p for p in profile.execution_providers if p not in host.execution_providers]
-    return [f"ONNX Runtime here lacks {', '.join(missing)}, which the profile {profile.name} names"] if missing else []
+    graphs = [stage.name for stage in stages if stage.produces == "onnx" and stage.measure]
+    if not missing or not graphs:
+        return []
+    return [
+        f"ONNX Runtime here lacks {', '.join(missing)}, which the profile {profile.name} names, to run "
+        f"{', '.join(graphs)}; install the onnxruntime package that brings it"
+    ]
 
 
 def _predictions(

@@ -154,6 +154,21 @@ def test_a_cuda_target_on_a_host_without_one_ends_the_plan(checkpoint: Path, sto
         plan(CHAIN, checkpoint, store, host=host, profile=profile).require_runnable()
 
 
+def test_execution_providers_that_are_not_there_stop_graphs_that_are_run_and_nothing_else(
+    checkpoint: Path, store: Store
+) -> None:
+    gpu = Gpu(name="NVIDIA H200", memory_bytes=150 * 10**9, driver="1")
+    host = describe_host().model_copy(update={"gpus": (gpu,), "execution_providers": ("CPUExecutionProvider",)})
+    h200 = load_profile("h200")
+    assert plan(CHAIN, checkpoint, store, host=host, profile=h200).obstacles == ()  # torch brings its own CUDA
+    graph = CHAIN + "  - pass: bad_onnx\n    measure: MEASURE\n"
+    assert plan(graph.replace("MEASURE", "false"), checkpoint, store, host=host, profile=h200).obstacles == ()
+    with pytest.raises(HostError, match="lacks CUDAExecutionProvider, which the profile h200 names, to run bad_onnx;"):
+        plan(graph.replace("MEASURE", "true"), checkpoint, store, host=host, profile=h200).require_runnable()
+    able = host.model_copy(update={"execution_providers": ("CUDAExecutionProvider", "CPUExecutionProvider")})
+    assert plan(graph.replace("MEASURE", "true"), checkpoint, store, host=able, profile=h200).obstacles == ()
+
+
 def test_a_model_that_does_not_fit_into_memory_stops_unless_forced(checkpoint: Path, store: Store) -> None:
     host = describe_host().model_copy(update={"available_memory_bytes": 10})
     with pytest.raises(HostError, match="--force tries"):

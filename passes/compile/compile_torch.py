@@ -46,6 +46,7 @@ class CompileTorch(Pass):
     name, version = "compile_torch", 1
     accepts, produces = frozenset({"torch"}), "torch"
     libraries = ("torch", "transformers")
+    depends_on = ("profile.device",)
     requires = Requires(programs=("g++|clang++",))
 
     class Params(PassParams):
@@ -97,7 +98,7 @@ class CompileTorch(Pass):
         return Prediction(model=model, conversion_bytes=(850 if params.verify else 25) * 10**6)
 
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
-        """Write the execution block; compile, and compare with the uncompiled model.
+        """Write the execution block; compile, and compare with the uncompiled model, on the device of the profile.
 
         Raises: PipelineError where the model has fewer positions than `max_length`, torch cannot compile it, or what
         is compiled computes something else.
@@ -116,11 +117,12 @@ class CompileTorch(Pass):
             interface = interface.model_copy(update={"max_length": length})
         elif execution.pop("max_length", None) is not None:  # a static cache before this stage had narrowed it
             interface = interface.model_copy(update={"max_length": _longest(artifact)})
-        if params.mode in CUDA_GRAPHS:
+        device = str(context.facet("profile.device"))
+        if params.mode in CUDA_GRAPHS and device == "cpu":
             context.logger.warning("on a CPU, mode %s does what it would do without CUDA graphs", params.mode)
         made = _changed(artifact, execution=execution, interface=interface)
         if params.verify:
-            verify_against_eager(made, context)
+            verify_against_eager(made, ExecutionSpec(device=device, threads=context.threads), context)
         return made
 
 
@@ -138,8 +140,8 @@ def static_length(wanted: int | None, longest: int | None) -> int:
     return wanted
 
 
-def verify_against_eager(artifact: Artifact, context: PassContext) -> dict[str, float]:
-    """Run a prompt and single tokens uncompiled and compiled; the largest error of each phase.
+def verify_against_eager(artifact: Artifact, spec: ExecutionSpec, context: PassContext) -> dict[str, float]:
+    """Run a prompt and single tokens uncompiled and compiled, as `spec` says; the largest error of each phase.
 
     What was compiled on the way stays for those who load the artifact on this machine.
 
@@ -149,11 +151,11 @@ def verify_against_eager(artifact: Artifact, context: PassContext) -> dict[str, 
 
     plain = {k: v for k, v in artifact.manifest.execution.items() if k not in ("compile", "cache", "max_length")}
     context.progress(0.0, "running it uncompiled")
-    expected, dtype = _logits(_changed(artifact, execution=plain), context.threads)
+    expected, dtype = _logits(_changed(artifact, execution=plain), spec)
     context.progress(0.1, "compiling")
     counters.clear()
-    got, _ = _logits(artifact, context.threads)
-    _tell_breaks(context.logger)
+    got, _ = _logits(artifact, spec)
+    _tell_what_was_left_out(context.logger)
     errors = {phase: _error(got[phase], logits) for phase, logits in expected.items()}
     for phase, error in errors.items():
         context.logger.info("%s: largest error %.1e of the standard deviation", phase, error)
@@ -166,11 +168,11 @@ def verify_against_eager(artifact: Artifact, context: PassContext) -> dict[str, 
     return errors
 
 
-def _logits(artifact: Artifact, threads: int) -> tuple[dict[str, np.ndarray], str]:
+def _logits(artifact: Artifact, spec: ExecutionSpec) -> tuple[dict[str, np.ndarray], str]:
     """(logits [B, V] of a prompt, of all its positions and of tokens after it, by phase; the data type computed in)."""
     import numpy as np
 
-    runner: Any = load_runner(artifact, ExecutionSpec(threads=threads))
+    runner: Any = load_runner(artifact, spec)
     prompt = max(1, min(PROMPT, runner.max_length - STEPS))
     steps = min(STEPS, runner.max_length - prompt)
     tokens = np.random.default_rng(SEED).integers(0, runner.vocab_size, (1, prompt + steps), dtype=np.int64)
@@ -190,14 +192,16 @@ def _error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(of_positions.max()) / (float(expected.std()) or 1.0)
 
 
-def _tell_breaks(logger: logging.Logger) -> None:
-    """Log what torch compiled, and where and why it left the graph."""
+def _tell_what_was_left_out(logger: logging.Logger) -> None:
+    """Log what torch compiled, where and why it left the graph, and whether it recorded no CUDA graphs after all."""
     from torch._dynamo.utils import counters
 
     breaks = counters["graph_break"]
     logger.info("%d graphs compiled, %d graph breaks", counters["stats"]["unique_graphs"], sum(breaks.values()))
     for reason, times in breaks.most_common():
         logger.warning("graph break, %d times: %s", times, str(reason).strip().partition("\n")[0])
+    if skipped := counters["inductor"]["cudagraph_skips"]:
+        logger.warning("torch recorded no CUDA graph of %d of them: their kernels are launched one by one", skipped)
 
 
 def _longest(artifact: Artifact) -> int | None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import PipelineError, check_external_tensors
+from pipeline import HostError, PipelineError, check_external_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,8 @@ def open_session(
 
     `packed` are further entries of weights' external data, by weight and key.
 
-    Raises: PipelineError where ONNX Runtime refuses the graph, or it names files that are not its stored tensors'.
+    Raises: PipelineError where ONNX Runtime refuses the graph, or it names files that are not its stored tensors';
+    HostError where the first provider does not start.
     """
     import onnx_ir as ir
     import onnxruntime
@@ -93,10 +94,16 @@ def open_session(
             initializer.external_data.add(key=key, value=value)
     data = proto.SerializeToString()
     check_external_tensors(data, stored)
+    first, *others = providers
+    if first == "CUDAExecutionProvider":
+        onnxruntime.preload_dlls()  # pip installs CUDA and cuDNN where the dynamic linker does not look
     try:
-        return onnxruntime.InferenceSession(data, options, providers=list(providers))
+        session = onnxruntime.InferenceSession(data, options, providers=[first, *others])
     except Exception as error:  # the runtime's exceptions share no base of their own
         raise PipelineError(f"ONNX Runtime refuses the graph: {str(error).partition(chr(10))[0]}") from error
+    if first not in session.get_providers():  # it goes on with the others
+        raise HostError(f"ONNX Runtime could not start {first}; are its libraries installed?")
+    return session
 
 
 def is_folded(value: ir.Value) -> bool:

@@ -47,6 +47,8 @@ small differences.
 ROUNDING_TOLERANCE = 0.25
 ROUNDING = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulNBits", "QuantizeLinear"})
 
+COPIES = ("MemcpyFromHost", "MemcpyToHost")
+
 DECODER = "gpt2"
 """onnxruntime.transformers' name for the fusions of decoders, GPT-2 or not."""
 
@@ -124,6 +126,7 @@ def _optimized(model: ir.Model, level: str, params: OptimizeOnnxRuntime.Params, 
             model, folder, level=level, threads=context.threads, config=config, providers=_providers(params)
         )
         made: ir.Model = ir.load(path)
+        _drop_copies(made)
         _transpose_outside(made, set(original.aside))
         put_back(made, original, context, tool="ONNX Runtime")
     keep_used_opsets(made)
@@ -155,6 +158,24 @@ def _fused(model: ir.Model, artifact: Artifact, context: PassContext) -> ir.Mode
     done = ", ".join(f"{count:+d} {operator}" for operator, count in sorted(counts.items()) if count)
     context.logger.info("onnxruntime.transformers: %s", done or "nothing to fuse in this graph")
     return made
+
+
+def _drop_copies(model: ir.Model) -> None:
+    """Take out the copies between devices: a session puts its own in, and no other tool knows the operators."""
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        if node.op_type in COPIES and not node.domain:
+            given, made = node.inputs[0], node.outputs[0]
+            assert given is not None
+            if made.is_graph_output():
+                if given.is_graph_input() or given.is_initializer() or given.is_graph_output():
+                    node.op_type = "Identity"
+                    continue
+                name, made.name = made.name, None
+                given.name, given.type, given.shape = name, given.type or made.type, given.shape or made.shape
+            ir.convenience.replace_all_uses_with(made, given, replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
 
 
 def _transpose_outside(model: ir.Model, weights: set[str]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from pipeline.hardware import Gpu
 
 app = typer.Typer(help="Hardware profiles, and this machine.", invoke_without_command=True, no_args_is_help=False)
 
@@ -39,7 +42,10 @@ def list_verb(context: typer.Context, json: JsonOption = False) -> None:
         memory = f"{p.memory_bytes / 2**30:.0f} GiB" if p.memory_bytes else "–"
         bandwidth = f"{p.bandwidth_gb_per_s:.0f} GB/s" if p.bandwidth_gb_per_s else "not measured"
         table.add_row(p.name, p.device, escape(p.model), str(p.physical_cores or "–"), memory, bandwidth)
-    console().print(table)
+    output = console()
+    output.print(table)
+    for gpu in host.gpus:
+        output.print(escape(_of_the_gpu(gpu, [p.name for p in profiles if p.model == gpu.name])), soft_wrap=True)
 
 
 @app.command("show")
@@ -76,6 +82,14 @@ def show_verb(
     for field, value in values.items():
         table.add_row(field, escape(_in_words(value)), escape(profile.sources.get(field, "")))
     output.print(table)
+
+
+def _of_the_gpu(gpu: Gpu, names: list[str]) -> str:
+    """One line about a GPU of this machine, and the profiles that describe it."""
+    memory = f", {gpu.memory_bytes / 2**30:.0f} GiB" if gpu.memory_bytes else ""
+    driver = f", driver {gpu.driver}" if gpu.driver else ""
+    profile = f"`hardware: {' or '.join(names)}`" if names else "a profile of your own with `device: cuda`"
+    return f"this machine has a {gpu.name}{memory}{driver}: {profile} runs on it, `local` on the processor"
 
 
 def _in_words(value: object) -> str:

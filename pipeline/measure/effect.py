@@ -21,7 +21,7 @@ from pipeline.report.schema import ComponentEffect, Effect, GraphChange, Region
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-EFFECT_VERSION = 8
+EFFECT_VERSION = 9
 """Enters the key of cached effects: raised when the same artifacts would compare otherwise."""
 
 __all__ = [
@@ -87,8 +87,8 @@ def _compare(
     contents: Contents | None,
 ) -> Effect:
     found = _facts(before, after, graphs_before, graphs_after)
-    if graphs_after and device == "cpu":
-        found["slow_nodes"] = slow_nodes(graphs_after.values())
+    if graphs_after:
+        found["slow_nodes"] = slow_nodes(graphs_after.values(), device)
     if before.format != after.format:
         operators = _changed(_operators(graphs_before), _operators(graphs_after))
         found["components"] = _components(graphs_before, graphs_after, {})

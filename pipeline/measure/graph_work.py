@@ -350,7 +350,7 @@ class _Counter:
         return flops
 
     def _dtype(self, step: Step) -> str:
-        """The data type that a product computes in."""
+        """The data type that a product computes in. On a GPU, accuracy_level has no meaning."""
         node = step.node
         if node.op_type in INTEGER_PRODUCTS:
             return "int8"
@@ -358,7 +358,7 @@ class _Counter:
             return "int8"  # ONNX Runtime fuses it with what quantizes its inputs
         first = step.inputs[0]
         dtype = _name(first.dtype) if first is not None else "float32"
-        if node.op_type == "MatMulNBits":
+        if node.op_type == "MatMulNBits" and self._device == "cpu":
             dtype = ACCURACY_LEVELS.get(int(attributes(node).get("accuracy_level", 0)), dtype)
         return "float32" if self._device == "cpu" and dtype in HALF else dtype
 

@@ -1,7 +1,9 @@
-"""Nodes for which ONNX Runtime's CPU provider has no fast kernel at their settings: they run, and they are slow.
+"""Nodes for which ONNX Runtime has no fast kernel at their settings: they run, and they are slow.
 
-The table was measured with ONNX Runtime 1.31.1 on two threads of an x86 processor with AVX-512, a product of one row
-by K x N weights, each setting against the fastest of the same width; `benchmarks/slow_kernels.py` measures it again.
+The table for processors was measured with ONNX Runtime 1.31.1 on two threads of an x86 processor with AVX-512, a
+product of one row by K x N weights, each setting against the fastest of the same width; `benchmarks/slow_kernels.py`
+measures it again. The one for GPUs is what its CUDA provider has no kernel for, by the list of kernels that ONNX
+Runtime publishes (docs/OperatorKernels.md): such nodes run on the processor, between copies of what they take and give.
 """
 
 from __future__ import annotations
@@ -73,6 +75,12 @@ def _takes(dtype: str) -> Callable[[ir.Node], bool]:
     return applies
 
 
+def _attends_in_single(node: ir.Node) -> bool:
+    """A query, a past key or a table of cosines in float32: they have one data type, if not all say it."""
+    known = [value.dtype for value in (_given(node, place) for place in (0, 3, 7)) if value is not None]
+    return any(dtype is not None and dtype.name == "FLOAT" for dtype in known)
+
+
 MICROSOFT = "com.microsoft"
 HALF = (
     "float16 on a CPU: no fast kernel, or Casts at load (measured: for 128 rows 1.1 to 1.5 times slower than float32; "
@@ -139,10 +147,24 @@ TABLE = (
 """Settings without a fast kernel. Block sizes other than 16, 32, 64, 128 and 256 are refused, so they need no row."""
 
 
-def slow_nodes(models: Iterable[ir.Model]) -> tuple[SlowNodes, ...]:
-    """The slow nodes of some graphs, counted by operator and reason, most first."""
+ON_THE_PROCESSOR = "the CUDA provider has no kernel for it, so it runs on the processor, between copies"
+
+CUDA_TABLE = (
+    SlowKernel(
+        MICROSOFT,
+        "GroupQueryAttention",
+        _attends_in_single,
+        f"float32: {ON_THE_PROCESSOR}; it has them for float16 and bfloat16",
+    ),
+    SlowKernel(MICROSOFT, "DynamicQuantizeMatMul", lambda node: True, ON_THE_PROCESSOR),
+    SlowKernel(MICROSOFT, "MatMulIntegerToFloat", lambda node: True, ON_THE_PROCESSOR),
+)
+
+
+def slow_nodes(models: Iterable[ir.Model], device: str = "cpu") -> tuple[SlowNodes, ...]:
+    """The nodes of some graphs that are slow on that device, counted by operator and reason, most first."""
     rows: dict[tuple[str, str], list[SlowKernel]] = {}
-    for row in TABLE:
+    for row in CUDA_TABLE if device == "cuda" else TABLE:
         rows.setdefault((row.domain, row.operator), []).append(row)
     found: Counter[tuple[str, str]] = Counter()
     for model in models:

@@ -21,7 +21,7 @@ from pipeline.memory_estimate import EMBEDDINGS, HEADS, PLAIN_DTYPES, Decoder, d
 from pipeline.runtime.component_alone import component_alone
 from pipeline.runtime.phases import phases_of
 
-WORK_VERSION = 2
+WORK_VERSION = 3
 """Enters the key of cached counts: raised when the same artifact would be counted otherwise."""
 
 OTHER_KINDS = (

@@ -76,15 +76,24 @@ def _tab_indents(text: str, line: int) -> bool:
 def _check_depth(text: str, file: str) -> None:
     """Refuse what is nested too deep before it is composed, which recurses in C and would end the process."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > DEEPEST:
-            mark: Any = event.start_mark
-            where = Location(file, mark.line + 1, mark.column + 1)
-            raise RecipeError(f"mappings and lists are nested more than {DEEPEST} deep", location=where)
+    mark: Any = None
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > DEEPEST:
+                mark = event.start_mark
+                break
+    except yaml.MarkedYAMLError as error:
+        # a libyaml that has a limit of its own reads so far ahead that it may come first
+        if "maximum nesting depth" not in (error.problem or ""):
+            raise
+        mark = error.problem_mark
+    if mark is not None:
+        where = Location(file, mark.line + 1, mark.column + 1)
+        raise RecipeError(f"mappings and lists are nested more than {DEEPEST} deep", location=where)
 
 
 def to_yaml(value: Any) -> str:

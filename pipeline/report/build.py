@@ -129,7 +129,7 @@ def build_report(
         host=_host(plan, probed, measured.bandwidth),
         hardware=plan.hardware.model_dump(mode="json"),
         threads=plan.threads,
-        notes=(*plan.notes, *measured.notes, *_notes_on_the_host(probed, measured)),
+        notes=(*plan.notes, *measured.notes, *_notes_on_the_host(probed, measured, plan.hardware.device)),
         baseline=recipe.evaluate.baseline,
         schedule=_schedule(speed),
         noise_floor=tuple(NoiseFloor(**{**f.model_dump(), "new_tokens": f.new_tokens or None}) for f in floors),
@@ -256,8 +256,8 @@ def _host(plan: Plan, probed: ProbeResult | None, bandwidth: Sequence[Figure]) -
     }
 
 
-def _notes_on_the_host(probed: ProbeResult | None, measured: Measured) -> tuple[str, ...]:
-    """What makes its figures doubtful."""
+def _notes_on_the_host(probed: ProbeResult | None, measured: Measured, device: str = "cpu") -> tuple[str, ...]:
+    """What makes its figures doubtful. MBU and MFU are shares of what the processor can do, so a GPU has none."""
     notes = []
     if len(measured.bandwidth) == 2:
         before, after = (figure.value for figure in measured.bandwidth)
@@ -266,7 +266,7 @@ def _notes_on_the_host(probed: ProbeResult | None, measured: Measured) -> tuple[
                 f"this machine's memory was read at {before:.0f} GB/s before the speed measurement and at {after:.0f} "
                 "GB/s after it: compare stages of this run with each other, and not with another run's"
             )
-    if probed is not None and probed.was_busy and measured.speed is not None:
+    if device == "cpu" and probed is not None and probed.was_busy and measured.speed is not None:
         notes.append(
             f"what this machine can do was measured beside other work (load {probed.load_average_1m:.1f}), so MBU and "
             "MFU may be too high"

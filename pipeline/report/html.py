@@ -17,7 +17,7 @@ from pipeline.report import figures, words
 from pipeline.report.charts import Dot, Scatter, scatter
 from pipeline.report.effects import effect_in_words
 from pipeline.report.graph_drawing import STYLE as REGION_STYLE
-from pipeline.report.machines import host_facts, target_facts
+from pipeline.report.machines import host_facts, measured_to_run, target_facts
 from pipeline.report.page import render_page
 from pipeline.report.pareto import ALIKE, loss_of
 from pipeline.report.points import apart, first_points, point_in_words, speed_at
@@ -202,7 +202,7 @@ def cost_rows(report: Report) -> tuple[CostRow, ...]:
 
     made = [s for s in report.stages if s.artifact is not None or s.predicted_memory is not None]
     wall = largest([s.cost.wall_s for s in made])
-    pairs = [(_making(s), _running(s)) for s in made]
+    pairs = [(_making(s), _running(s, report)) for s in made]
     making, running = (largest([v for pair in pairs for v in pair[i]]) for i in (0, 1))
 
     def shares(pair: tuple[int | None, int | None], whole: float) -> tuple[float | None, float | None]:
@@ -240,6 +240,6 @@ def _making(stage: StageReport) -> tuple[int | None, int | None]:
     return stage.cost.peak_memory_bytes, predicted.conversion_bytes if predicted else None
 
 
-def _running(stage: StageReport) -> tuple[int | None, int | None]:
+def _running(stage: StageReport, report: Report) -> tuple[int | None, int | None]:
     predicted = stage.predicted_memory
-    return stage.inference_peak_memory_bytes, predicted.inference_bytes if predicted else None
+    return measured_to_run(stage, report), predicted.inference_bytes if predicted else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report.schema import Report
+from pipeline.report.schema import Report, StageReport
 
 
 def target_facts(hardware: dict[str, Any]) -> list[tuple[str, str]]:
@@ -43,6 +43,20 @@ def host_facts(report: Report) -> list[tuple[str, str]]:
         ("load before the run", f"{load[0]:.2f}" if load else None),
     ]
     return [(name, str(value)) for name, value in known if value not in {None, ""}]
+
+
+def measured_on(report: Report) -> str:
+    """The device that the models ran on, and the processor beside it where that is another one."""
+    processor = str(report.host.get("cpu_model"))
+    gpus = [str(gpu.get("name")) for gpu in report.host.get("gpus") or () if isinstance(gpu, dict)]
+    on_gpu = report.hardware.get("device") == "cuda" and gpus
+    return f"{gpus[0]} beside {processor}" if on_gpu else processor
+
+
+def measured_to_run(stage: StageReport, report: Report) -> int | None:
+    """The memory that the estimate of running it is of: the GPU's where it runs on one, else its process's."""
+    on_gpu = report.hardware.get("device") == "cuda"
+    return stage.device_peak_memory_bytes if on_gpu else stage.inference_peak_memory_bytes
 
 
 def _gibibytes(size: Any) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pipeline.report import figures
 from pipeline.report import words as words_of
 from pipeline.report.effects import changed_counts, effect_facts, most_changed
-from pipeline.report.machines import host_facts, target_facts
+from pipeline.report.machines import host_facts, measured_on, target_facts
 from pipeline.report.points import TIME_WORDS, point_in_words, points_of, timed_at
 from pipeline.report.printable import without_controls
 from pipeline.report.schema import Divergence, Report, Speed, StageReport
@@ -91,7 +91,7 @@ def _head(report: Report) -> Iterator[str]:
         yield f"- **{plain(line)}**" if shout else f"- {plain(line)}"
     target = plain(report.hardware.get("name"))
     yield (
-        f"\nMeasured on {plain(report.host.get('cpu_model'))}, {report.threads} threads; target {target}. "
+        f"\nMeasured on {plain(measured_on(report))}, {report.threads} threads; target {target}. "
         + ("" if target == "local" else "No measured figure here is one of the target. ")
         + f"Run {code(report.run)}, {plain(report.created)}, {figures.seconds(report.wall_s)}."
     )

@@ -28,6 +28,7 @@ from pipeline.report.figures import (
     times,
     times_interval,
 )
+from pipeline.report.machines import measured_on, measured_to_run
 from pipeline.report.points import TIME_WORDS, point_in_words, points_of, timed_at
 from pipeline.report.printable import without_controls
 from pipeline.report.schema import Report, Speed, StageReport
@@ -109,7 +110,7 @@ def render_text(report: Report, width: int = 120) -> str:
 def _head(report: Report, width: int) -> RenderableType:
     lines = [
         f"[bold]{escape(report.recipe)}[/]  {escape(report.description)}".rstrip(),
-        f"measured on {escape(str(report.host.get('cpu_model')))}, {report.threads} threads; "
+        f"measured on {escape(measured_on(report))}, {report.threads} threads; "
         f"target {escape(str(report.hardware.get('name')))}",
     ]
     if report.cell is not None:
@@ -317,7 +318,7 @@ def _predictions(report: Report, width: int) -> RenderableType | None:
             columns,
             name_lines(stage.name, width // 4),
             megabytes(predicted.inference_bytes),
-            megabytes(stage.inference_peak_memory_bytes),
+            megabytes(measured_to_run(stage, report)),
             megabytes(predicted.conversion_bytes),
             megabytes(stage.cost.peak_memory_bytes),
             fits,

@@ -46,7 +46,10 @@ def provider_of(spec: ExecutionSpec) -> str:
 
 
 def require_provider(provider: str) -> None:
-    """Raises: HostError where this ONNX Runtime does not have the execution provider."""
+    """Have what the execution provider needs at hand.
+
+    Raises: HostError where this ONNX Runtime does not have it.
+    """
     import onnxruntime as ort
 
     available = ort.get_available_providers()
@@ -55,13 +58,15 @@ def require_provider(provider: str) -> None:
             f"the stage asks for {provider}; this ONNX Runtime has {', '.join(available)}",
             hint="install the ONNX Runtime package that has it, or choose another profile",
         )
+    if provider == CUDA:
+        ort.preload_dlls()  # pip installs CUDA and cuDNN where the dynamic linker does not look
 
 
 def open_session(artifact: Artifact, component: Component, spec: ExecutionSpec, provider: str) -> Any:
     """An InferenceSession of one of the artifact's components.
 
-    Raises: PipelineError where the graph does not load; HostError where it was compiled for another host and cannot
-    run on this one.
+    Raises: PipelineError where the graph does not load; HostError where the provider does not start, or the graph was
+    compiled for another host and cannot run on this one.
     """
     import onnxruntime as ort
 
@@ -82,9 +87,15 @@ def open_session(artifact: Artifact, component: Component, spec: ExecutionSpec, 
     graph = graph_over_files(artifact, component, compiled or {})
     providers = [provider] if provider == CPU else [provider, CPU]
     try:
-        return ort.InferenceSession(graph, options, providers=providers)
+        session = ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises its own exceptions, which share no base
         raise PipelineError(f"ONNX Runtime cannot load the graph: {error}") from error
+    if provider not in session.get_providers():  # it says so in the log, and goes on without
+        raise HostError(
+            f"ONNX Runtime could not start {provider}, and would run the graph on the processor instead",
+            hint="the log says what is missing; `pip install onnxruntime-gpu[cuda,cudnn]` brings the libraries of CUDA",
+        )
+    return session
 
 
 def compiled_for_this_host(artifact: Artifact, component: Component, provider: str) -> dict[str, Any] | None:

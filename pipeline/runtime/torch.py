@@ -120,6 +120,7 @@ class TorchRunner:
         if self._compilation is not None:
             self._compile_errors = _compile(self._model, self._compilation)
         if spec.device == "cuda":
+            torch.cuda.synchronize()  # the weights have arrived: that is what loading takes
             torch.cuda.reset_peak_memory_stats()  # loading is no inference
 
     @staticmethod

@@ -19,6 +19,12 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs there are are hidden, from this process and those that it starts."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Done]:
     """Run `pipeline ARGUMENTS…` in an empty folder."""
     work = tmp_path / "work"

@@ -51,6 +51,7 @@ def test_a_cell_that_fails_stops_no_other_and_decides_the_exit_code(cli: Cli, re
     assert "cell 2 of 0 to 2: passes.mark.value=5" in out
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_a_cell_that_cannot_run_here_stops_no_other(cli: Cli, recipe: Callable[[str], Path]) -> None:
     cells = "matrix: [{passes: [{pass: needs_gpu}]}, {passes.mark.value: 5}, {passes: [{pass: refuse}]}]\n"
     code, _, err = cli("run", recipe(cells), "--no-measure", "--cell", "all")
@@ -59,6 +60,7 @@ def test_a_cell_that_cannot_run_here_stops_no_other(cli: Cli, recipe: Callable[[
     assert [r["cell"]["index"] for r in reports()] == [1, 2]
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_json_of_all_cells_is_a_list_and_of_one_its_report(cli: Cli, recipe: Callable[[str], Path]) -> None:
     cells = "matrix: [{passes: [{pass: needs_gpu}]}, {passes.mark.value: 5}]\n"
     _, out, _ = cli("run", recipe(cells), "--no-measure", "--cell", "all", "--json")

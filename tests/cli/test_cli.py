@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from pipeline.hardware import Gpu, describe_host
 from pipeline.store import Store
 
 pytestmark = pytest.mark.usefixtures("plugins", "store")
@@ -84,6 +85,7 @@ def test_a_wrong_recipe_ends_with_2_and_nothing_written(
     assert files_below(store.root / "stages") + files_below(store.blobs) == []
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_a_device_that_the_host_lacks_ends_with_4_and_says_what_helps(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     profile = tmp_path / "gpu.yaml"
     shipped = Path(__file__).parents[2] / "hardware_profiles" / "i7-1165g7.yaml"
@@ -227,6 +229,18 @@ def test_profiles_are_listed_and_shown(cli: Cli) -> None:
     assert "i7-1165g7" in names
     assert names[-1] == "local"
     assert "Intel ARK" in cli("hardware", "show", "i7-1165g7")[1]
+
+
+def test_the_gpu_of_this_machine_is_shown_with_its_profile(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = (
+        Gpu(name="NVIDIA H200", memory_bytes=150_754_820_096, driver="580.1"),
+        Gpu(name="NVIDIA GB10", memory_bytes=None, driver=None),
+    )
+    host = describe_host().model_copy(update={"gpus": gpus})
+    monkeypatch.setattr("pipeline.hardware.describe_host", lambda: host)
+    out = cli("hardware")[1]
+    assert "this machine has a NVIDIA H200, 140 GiB, driver 580.1: `hardware: h200` runs on it" in out
+    assert "this machine has a NVIDIA GB10: a profile of your own with `device: cuda` runs on it" in out
 
 
 def test_schemas_are_printed(cli: Cli) -> None:

@@ -226,7 +226,7 @@ def test_packed_weights_count_as_the_numbers_that_they_hold(before: Artifact, in
     assert effect(before, int4).parameters == (numbers, numbers)
 
 
-def test_slow_nodes_of_the_stages_own_graph_are_told_on_a_cpu_alone(before: Artifact, int4: Artifact) -> None:
+def test_slow_nodes_of_the_stages_own_graph_are_those_of_its_device(before: Artifact, int4: Artifact) -> None:
     (slow,) = effect(before, int4).slow_nodes
     assert (slow.operator, slow.count) == ("com.microsoft.MatMulNBits", 1)
     assert "accuracy_level" in slow.reason

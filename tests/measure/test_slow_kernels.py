@@ -79,3 +79,24 @@ def test_nodes_of_one_reason_are_counted_together() -> None:
 
 def test_every_reason_says_what_was_measured_or_that_it_is_refused() -> None:
     assert all("measured" in row.reason or "refuses" in row.reason for row in TABLE)
+
+
+def attention(dtype: ir.DataType | None, past: ir.DataType | None = None) -> ir.Model:
+    names = ("query", "key", "value", "past_key", "past_value", "lengths", "total")
+    types = (dtype, dtype, dtype, past, past, ir.DataType.INT32, ir.DataType.INT32)
+    values = [ir.Value(name=n, type=ir.TensorType(t) if t else None) for n, t in zip(names, types, strict=True)]
+    return model(values, ir.node("GroupQueryAttention", values, {"num_heads": 4}, domain="com.microsoft"), [])
+
+
+def test_attention_in_float32_runs_on_the_processor_of_a_gpu_host() -> None:
+    (found,) = slow_nodes([attention(ir.DataType.FLOAT)], "cuda")
+    assert (found.operator, found.count) == ("com.microsoft.GroupQueryAttention", 1)
+    assert "no kernel for it, so it runs on the processor" in found.reason
+    (by_its_cache,) = slow_nodes([attention(None, past=ir.DataType.FLOAT)], "cuda")
+    assert by_its_cache == found
+    assert slow_nodes([attention(ir.DataType.FLOAT16, past=ir.DataType.FLOAT16)], "cuda") == ()
+    assert slow_nodes([attention(ir.DataType.FLOAT)], "cpu") == ()
+
+
+def test_what_is_slow_on_a_processor_is_not_told_of_a_gpu() -> None:
+    assert slow_nodes([product(bits=8, accuracy_level=0)], "cuda") == ()

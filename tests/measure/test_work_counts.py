@@ -429,6 +429,15 @@ def test_half_precision_is_widened_on_a_processor_and_not_on_a_gpu(tmp_path: Pat
     assert (cuda.weights_bytes, cuda.compute_dtype) == (16 * 24 * 2, "float16")
 
 
+def test_accuracy_level_says_what_a_processor_computes_in_and_nothing_of_a_gpu(tmp_path: Path) -> None:
+    weights = {"w": np.zeros((24, 1, 8), np.uint8), "scales": floats(24)}
+    made = node("MatMulNBits", ["x", *weights], K=16, N=24, bits=4, block_size=16, accuracy_level=4)
+    artifact = graph(tmp_path, [made], X, weights)
+    cpu, cuda = (counted(artifact, PROMPT, device=device) for device in ("cpu", "cuda"))
+    assert (cpu.compute_dtype, cuda.compute_dtype) == ("int8", "float32")
+    assert (cuda.weights_bytes, cuda.total_flops) == (cpu.weights_bytes, cpu.total_flops)
+
+
 def test_products_that_cannot_be_counted_are_named(tmp_path: Path) -> None:
     branch = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["inner"])],

@@ -30,7 +30,10 @@ SIZES: dict[str, Any] = {
 """A small decoder with two query heads for each key-value head, in the names that most configurations share."""
 
 
-FACETS = {"seed": 0, "calibration_text": " ".join(f"w{i * i % 277}" for i in range(1500))}
+FACETS = {
+    "seed": 0,
+    "calibration_text": " ".join(f"w{i * i % 277}" for i in range(1500)),
+}
 """What the passes of these tests are told that declare it. The text is of the words that `give_words` gives a model."""
 
 
@@ -68,11 +71,11 @@ class Bench:
     def source(self, folder: Path) -> Artifact:
         return source_artifact(find_source("path", str(folder), relative_to=folder), self.store)
 
-    def run(self, cls: type[Pass], artifact: Artifact, **params: Any) -> Artifact:
-        """Run a pass and publish what it made."""
+    def run(self, cls: type[Pass], artifact: Artifact, *, device: str = "cpu", **params: Any) -> Artifact:
+        """Run a pass for a target with that device, and publish what it made."""
         staging = self.new_folder(cls.name)
         values = cls.Params(**params)
-        facets = {name: FACETS[name] for name in cls.facets(values)}
+        facets = {name: {**FACETS, "profile.device": device}[name] for name in cls.facets(values)}
         made = cls().run(artifact, values, PassContext(output=OutputWriter(staging), facets=facets))
         self.written[made.digest] = [path.name for path in (staging / "blobs").iterdir()]
         return self.store.publish(staging, made.manifest)

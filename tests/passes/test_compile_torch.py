@@ -13,9 +13,11 @@ from pydantic import ValidationError
 
 from passes.compile import compile_torch
 from passes.compile.compile_torch import CompileTorch, static_length
-from pipeline import Artifact, PipelineError
+from pipeline import Artifact, HostError, PipelineError
+from pipeline.hardware.host import find_gpus
 from pipeline.measure.effect import compare_artifacts
 
+needs_gpu = pytest.mark.skipif(not find_gpus(), reason="needs a CUDA GPU")
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 
 
@@ -89,8 +91,14 @@ class TestParameters:
         assert static_length(wanted, longest) == length
 
     def test_cuda_graphs_on_a_cpu_are_said_to_do_nothing(self, bench, llama, caplog):
-        bench.run(CompileTorch, llama, verify=False, cache="static", mode="reduce-overhead")
-        assert "on a CPU, mode reduce-overhead does what it would do without CUDA graphs" in caplog.text
+        said = "on a CPU, mode reduce-overhead does what it would do without CUDA graphs"
+        bench.run(CompileTorch, llama, device="cuda", verify=False, cache="static", mode="reduce-overhead")
+        assert said not in caplog.text
+        bench.run(CompileTorch, llama, device="cpu", verify=False, cache="static", mode="reduce-overhead")
+        assert said in caplog.text
+
+    def test_the_device_that_it_is_compiled_on_is_the_profiles_and_enters_the_key(self):
+        assert CompileTorch.depends_on == ("profile.device",)
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +159,23 @@ class TestVerification:
         with pytest.raises(PipelineError, match="torch cannot compile the model for tokens") as caught:
             bench.run(CompileTorch, shallow, fullgraph=True)
         assert "fullgraph: false" in str(caught.value)
+
+    @pytest.mark.skipif(bool(find_gpus()), reason="this host has a CUDA GPU")
+    def test_a_gpu_is_what_it_compiles_for_where_the_profile_says_so(self, bench, llama):
+        with pytest.raises(HostError, match="the stage asks for device cuda"):
+            bench.run(CompileTorch, llama, device="cuda")
+
+    @needs_gpu
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_compiles_for_a_gpu_and_compares_there(self, bench, llama, caplog, cache: str):
+        caplog.set_level(logging.INFO)
+        bench.run(CompileTorch, llama, device="cuda", cache=cache)
+        assert "2 graphs compiled, 0 graph breaks" in caplog.text
+        assert len(list(bench.store.root.glob("compiled/*/triton/**/*.cubin"))) > 0
+
+    @needs_gpu
+    def test_cuda_graphs_are_recorded_of_a_static_cache(self, bench, llama, caplog):
+        caplog.set_level(logging.INFO)
+        bench.run(CompileTorch, llama, device="cuda", cache="static", mode="reduce-overhead")
+        assert "2 graphs compiled, 0 graph breaks" in caplog.text
+        assert "no CUDA graph" not in caplog.text

@@ -6,6 +6,8 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
@@ -14,6 +16,7 @@ from passes.graph.half_precision import to_half_precision
 from passes.graph.optimize_onnxruntime import OptimizeOnnxRuntime
 from passes.quantize.quantize_weights import QuantizeWeights
 from pipeline import Artifact, PassContext, PipelineError, Requires, load_onnx, save_onnx
+from pipeline.hardware import describe_host
 from pipeline.runtime import ExecutionSpec, load_runner
 from pipeline.store.writer import OutputWriter
 
@@ -223,6 +226,22 @@ class TestHalfPrecision:
         with pytest.raises(PipelineError, match="a graph with If cannot be converted to float16"):
             to_half_precision(load_onnx(before), before.interface, context)
 
+    def test_copies_between_devices_are_no_part_of_the_graph(self, graph_artifact):
+        text = """(float[n, 64] x) => (float[n, 64] y, float[n, 64] z, float[n, 64] again)
+            { a = MemcpyFromHost(x)  b = Relu(a)  c = MemcpyToHost(b)  y = Abs(c)  d = Abs(a)
+              z = MemcpyToHost(d)  again = MemcpyFromHost(x) }"""
+        copied = load_onnx(graph_artifact(f"{HEADER} g {text}"))
+        module._drop_copies(copied)
+        assert Counter(node.op_type for node in copied.graph) == {"Relu": 1, "Abs": 2, "Identity": 1}
+        assert [value.name for value in copied.graph.outputs] == ["y", "z", "again"]
+        onnx.checker.check_model(ir.to_proto(copied))
+        x = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+        session = onnxruntime.InferenceSession(ir.to_proto(copied).SerializeToString())
+        y, z, again = session.run(None, {"x": x})
+        np.testing.assert_array_equal(y, np.maximum(x, 0))
+        np.testing.assert_array_equal(z, np.abs(x))
+        np.testing.assert_array_equal(again, x)
+
     def test_asks_for_a_gpu_when_the_plan_is_made(self):
         def requirements(level: str) -> Requires:
             return OptimizeOnnxRuntime.requirements(OptimizeOnnxRuntime.Params(level=level))
@@ -231,8 +250,8 @@ class TestHalfPrecision:
         assert requirements("O3") == Requires()
 
     @pytest.mark.skipif(
-        "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
-        reason="float16 is for CUDA, which this ONNX Runtime does not have",
+        "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not describe_host().gpus,
+        reason="float16 is for CUDA: it needs a GPU and an ONNX Runtime that has CUDA",
     )
     def test_runs_on_cuda(self, bench, exported_llama):
         made = bench.run(OptimizeOnnxRuntime, exported_llama, level="O4")
@@ -244,8 +263,6 @@ class TestHalfPrecision:
 
 def test_a_graph_that_came_out_wrong_is_refused(bench, exported_llama, monkeypatch):
     def damaged(model: Any, artifact: Artifact, context: PassContext) -> Any:
-        import onnx_ir as ir
-
         node = next(node for node in model.graph if node.op_type == "RMSNormalization")
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1.0)
         return model

@@ -50,6 +50,7 @@ def test_ceilings_that_were_measured_beside_other_work_are_told() -> None:
     (note,) = _notes_on_the_host(busy, measured(40.0, 40.0))
     assert "beside other work (load 1.7)" in note
     assert _notes_on_the_host(busy, Measured(text_digest="")) == ()
+    assert _notes_on_the_host(busy, measured(), "cuda") == ()
 
 
 def test_a_timing_has_the_median_of_the_report_and_the_fastest_block(report: Report) -> None:

@@ -12,6 +12,7 @@ import tiny_models
 
 from pipeline.artifact import Artifact
 from pipeline.errors import HostError, PipelineError
+from pipeline.hardware.host import find_gpus
 from pipeline.runtime import ExecutionSpec, load_runner
 from pipeline.runtime.torch import TorchRunner
 
@@ -79,6 +80,16 @@ def test_a_whole_pass_computes_all_logits_without_a_cache(runner: TorchRunner, m
 
 def test_on_a_cpu_there_is_no_peak_of_a_device(runner: TorchRunner) -> None:
     assert runner.device_peak_memory_bytes is None
+
+
+@pytest.mark.skipif(not find_gpus(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_logits_are_the_same_and_its_memory_is_told(artifact: Artifact, expected: np.ndarray) -> None:
+    runner = TorchRunner(artifact, ExecutionSpec(device="cuda"))
+    np.testing.assert_allclose(all_logits(runner, 12), expected, atol=1e-3)
+    np.testing.assert_allclose(np.concatenate(list(runner.score(TOKENS)), axis=1), expected, atol=1e-3)
+    np.testing.assert_allclose(runner.forward(TOKENS), expected[:, -1], atol=1e-3)
+    assert runner.device_peak_memory_bytes is not None
+    assert artifact.manifest.weights_bytes <= runner.device_peak_memory_bytes < artifact.manifest.weights_bytes + 10**9
 
 
 def test_score_gives_the_logits_of_all_positions(runner: TorchRunner, expected: np.ndarray) -> None:
