@@ -9,11 +9,12 @@ import typer
 
 from pipeline.cli import cache, compare, diff, hardware, init, passes, plan, report, reproduce, run, schema, why
 from pipeline.cli.output import fail
+from pipeline.cli.verb import Verbs
 
 INTERRUPTED = 130
 READER_LEFT = 141  # what a shell shows for a process that SIGPIPE ended
 
-app = typer.Typer(
+app = Verbs(
     name="pipeline",
     help="Optimize models by recipe: run passes, and measure what each of them really did.",
     no_args_is_help=True,

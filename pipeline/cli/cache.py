@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import JsonOption
+from pipeline.cli.verb import Verbs
 
 if TYPE_CHECKING:
     from pipeline.store.description import Description
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 NAMES_SHOWN = 20
 
-app = typer.Typer(help="The store of artifacts.", no_args_is_help=True)
+app = Verbs(help="The store of artifacts.", no_args_is_help=True)
 
 ArtifactArgument = Annotated[
     str,

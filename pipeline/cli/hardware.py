@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import JsonOption
+from pipeline.cli.verb import Verbs
 
 if TYPE_CHECKING:
     from pipeline.hardware import Gpu
 
-app = typer.Typer(help="Hardware profiles, and this machine.", invoke_without_command=True, no_args_is_help=False)
+app = Verbs(help="Hardware profiles, and this machine.", invoke_without_command=True, no_args_is_help=False)
 
 
 @app.callback()

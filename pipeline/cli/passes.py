@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import JsonOption
+from pipeline.cli.verb import Verbs
 
-app = typer.Typer(help="The passes that are installed.", invoke_without_command=True, no_args_is_help=False)
+app = Verbs(help="The passes that are installed.", invoke_without_command=True, no_args_is_help=False)
 
 
 @app.callback()

@@ -334,3 +334,11 @@ def test_relative_paths_are_absolute_in_the_recipe_of_a_run(cli: Cli, recipe: Pa
     code, out, _ = cli("plan", "runs/r/latest/recipe.yaml", "--json")
     assert code == 0
     assert {s["status"] for s in json.loads(out)["stages"]} == {"cached"}
+
+
+def test_an_option_that_takes_one_value_is_given_once(cli: Cli, recipe: Path) -> None:
+    done = cli("plan", str(recipe), "--only", "mark", "--only", "write")
+    assert done.code == 2
+    assert "--only was given 2 times; it takes one value" in done.err
+    assert cli("plan", str(recipe), "--set", "evaluate.budget_s=1", "--set", "evaluate.budget_s=2").code == 0
+    assert cli("plan", str(recipe), "--json", "--json").code == 0
