@@ -1,7 +1,7 @@
 """What recipes took at real sizes, from their runs' reports.
 
     pipeline run llama-1b-cpu
-    pipeline run llama2-7b-random-cpu
+    pipeline run llama2-7b-random-cpu --only int4_compiled --set evaluate.baseline=int4_compiled
     python benchmarks/real_sizes.py runs/llama-1b-cpu/latest runs/llama2-7b-random-cpu/latest     # docs/real-sizes.md
 
 Nothing is measured here: every figure stands in the report.json of one of the runs.
@@ -26,7 +26,9 @@ INTRODUCTION = """# At real sizes
 What the recipes for models of 1.1 and 7 billion parameters took and gave on a machine with two cores, as their runs'
 reports say it; `python benchmarks/real_sizes.py RUN …` writes this page from them. Memory is what is anonymous or
 shared, of all processes, at its highest; files that are only mapped do not count. Speeds are tokens per second with
-95 % intervals. A dash stands where the recipe asks for no measurement (`measure: false`)."""
+95 % intervals. A dash stands where nothing was measured: the recipe says `measure: false`, or of the larger model only
+the exported one was asked for (`--only int4_compiled --set evaluate.baseline=int4_compiled`). The smaller one beside
+other tools: [peers](peers.md)."""
 
 
 def page(reports: list[Report]) -> str:
@@ -41,7 +43,7 @@ def section(report: Report) -> Iterator[str]:
     yield f"## {plain(report.recipe)}\n"
     made_s = sum(stage.cost.wall_s or 0 for stage in report.stages)
     yield (
-        f"{plain(report.description)}. `pipeline run {report.recipe}` on {report.created[:10]}, "
+        f"{plain(report.description)}. Run on {report.created[:10]}, "
         f"{plain(host.get('cpu_model'))}, {host.get('physical_cores')} cores, {memory}: "
         f"{figures.duration(report.wall_s)}; making all stages, when each was made, took {figures.duration(made_s)}.\n"
     )
