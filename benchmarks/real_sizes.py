@@ -23,12 +23,11 @@ PAGE = ROOT / "docs" / "real-sizes.md"
 
 INTRODUCTION = """# At real sizes
 
-What the recipes for models of 1.1 and 7 billion parameters took and gave on a machine with two cores, as their runs'
+What recipes for models of a billion parameters and more took and gave on a machine with two cores, as their runs'
 reports say it; `python benchmarks/real_sizes.py RUN …` writes this page from them. Memory is what is anonymous or
 shared, of all processes, at its highest; files that are only mapped do not count. Speeds are tokens per second with
-95 % intervals. A dash stands where nothing was measured: the recipe says `measure: false`, or of the larger model only
-the exported one was asked for (`--only int4_compiled --set evaluate.baseline=int4_compiled`). The smaller one beside
-other tools: [peers](peers.md)."""
+95 % intervals. A dash stands where nothing was measured, as with `measure: false`. The model of 1.1 billion parameters
+beside other tools: [peers](peers.md)."""
 
 
 def page(reports: list[Report]) -> str:
