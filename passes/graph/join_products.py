@@ -304,9 +304,14 @@ def _product_behind(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | 
         given, bias = node.inputs[place], node.inputs[1 - place]
         inner = given.producer() if given is not None else None
         tensor = bias.const_value if bias is not None else None
-        if is_product(inner) and tensor is not None and len(tensor.shape) == 1:
+        if inner is not None and is_product(inner) and tensor is not None and _is_bias(tensor, inner):
             return inner, bias
     return None, None
+
+
+def _is_bias(tensor: ir.TensorProtocol, product: ir.Node) -> bool:
+    """Whether it has a number for each of the product's outputs: one for all of them cannot be put side by side."""
+    return list(tensor.shape.numpy()) == _rows([product])
 
 
 def _only_path(product: ir.Node) -> list[ir.Node]:

@@ -12,9 +12,11 @@ import pytest
 from passes.graph.agreement import largest_difference, outputs_of
 from passes.graph.fuse_transformer import FuseTransformer
 from passes.graph.join_products import Joiner, JoinProducts, is_product
+from passes.quantize.products import register
 from passes.quantize.quantize_weights import QuantizeWeights
-from pipeline import Artifact, PipelineError, load_onnx, load_runner
+from pipeline import Artifact, PipelineError, load_onnx, load_runner, save_onnx
 from pipeline.runtime import ExecutionSpec
+from pipeline.store.writer import OutputWriter
 from tests.passes.conftest import exported
 from tests.passes.test_fuse_transformer import configuration
 
@@ -151,6 +153,22 @@ def test_of_large_weights_the_first_layers_are_compared(bench, llama, monkeypatc
     with caplog.at_level("INFO"):
         bench.run(JoinProducts, llama)
     assert "the first 1 layers are compared" in caplog.text
+
+
+def test_one_number_added_to_all_queries_is_no_bias_and_leaves_attention_as_it_is(bench, llama):
+    model = load_onnx(llama)
+    for node in [n for n in model.graph if n.op_type == "GroupQueryAttention"]:
+        one = register(model, f"{node.name}.one", ir.tensor(np.ones(1, np.float32), name=f"{node.name}.one"))
+        query = node.inputs[0]
+        add = ir.node("Add", [query, one])
+        add.outputs[0].name, add.outputs[0].dtype, add.outputs[0].shape = f"{query.name}.one", query.dtype, query.shape
+        model.graph.insert_before(node, add)
+        node.replace_input_with(0, add.outputs[0])
+    staging = bench.new_folder("altered")
+    altered = bench.store.publish(staging, save_onnx(model, OutputWriter(staging), like=llama).manifest)
+    after = bench.run(JoinProducts, altered)
+    assert all(n.inputs[1] is not None for n in load_onnx(after).graph if n.op_type == "GroupQueryAttention")
+    assert difference(bench, altered, after) < 1e-4
 
 
 def test_a_graph_without_such_products_is_refused(bench):
