@@ -155,15 +155,16 @@ def test_of_large_weights_the_first_layers_are_compared(bench, llama, monkeypatc
     assert "the first 1 layers are compared" in caplog.text
 
 
-def test_one_number_added_to_all_queries_is_no_bias_and_leaves_attention_as_it_is(bench, llama):
+def test_one_number_added_to_all_is_no_bias_and_leaves_attention_as_it_is(bench, llama):
     model = load_onnx(llama)
     for node in [n for n in model.graph if n.op_type == "GroupQueryAttention"]:
         one = register(model, f"{node.name}.one", ir.tensor(np.ones(1, np.float32), name=f"{node.name}.one"))
-        query = node.inputs[0]
-        add = ir.node("Add", [query, one])
-        add.outputs[0].name, add.outputs[0].dtype, add.outputs[0].shape = f"{query.name}.one", query.dtype, query.shape
-        model.graph.insert_before(node, add)
-        node.replace_input_with(0, add.outputs[0])
+        for place, value in enumerate(node.inputs[:3]):
+            add = ir.node("Add", [value, one])
+            new = add.outputs[0]
+            new.name, new.dtype, new.shape = f"{value.name}.one", value.dtype, value.shape
+            model.graph.insert_before(node, add)
+            node.replace_input_with(place, new)
     staging = bench.new_folder("altered")
     altered = bench.store.publish(staging, save_onnx(model, OutputWriter(staging), like=llama).manifest)
     after = bench.run(JoinProducts, altered)
