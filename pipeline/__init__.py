@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.recipe import load_recipe
     from pipeline.runtime import ExecutionSpec, load_model, load_runner
     from pipeline.runtime.torch import checkpoint_folder
+    from pipeline.runtime.transforms import with_transform
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOMES = {
     "pipeline.recipe": ["load_recipe"],
     "pipeline.runtime": ["ExecutionSpec", "load_model", "load_runner"],
     "pipeline.runtime.torch": ["checkpoint_folder"],
+    "pipeline.runtime.transforms": ["with_transform"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -70,6 +72,7 @@ __all__ = [
     "referenced_tensor",
     "reshaped_tensor",
     "save_onnx",
+    "with_transform",
 ]
 
 

@@ -6,11 +6,11 @@ import json
 from inspect import cleandoc
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from pipeline.artifact import Frozen
 from pipeline.errors import PipelineError
-from pipeline.plugin import Registry
+from pipeline.plugin import Registry, Requires
 
 
 class Parameter(Frozen):
@@ -33,17 +33,28 @@ class PassDescription(Frozen):
     produces: str | None = None
     libraries: tuple[str, ...] = ()
     depends_on: tuple[str, ...] = ()
+    requires: Requires = Requires()
+    roles: tuple[str, ...] = ()
+    comes_before: dict[str, str] = Field(default_factory=dict)
+    comes_after: dict[str, str] = Field(default_factory=dict)
     deterministic: bool = True
     parameters: tuple[Parameter, ...] = ()
 
 
 def describe_pass(registry: Registry, name: str) -> PassDescription:
-    """Everything about one pass; where it cannot be imported, why."""
+    """Everything about one pass; where it cannot be used, why.
+
+    Raises: RecipeError where no pass has that name.
+    """
+    origin = registry.origin(name)
     try:
-        origin = registry.info(name).origin
         found = registry.load(name)
+        parameters = tuple(describe_fields(found.Params))
     except PipelineError as error:
-        return PassDescription(name=name, origin="", problem=error.message)
+        return PassDescription(name=name, origin=origin, problem=error.message)
+    except Exception as error:  # a stranger's parameters may have no schema, or raise anything
+        reason = str(error).partition("\n")[0]
+        return PassDescription(name=name, origin=origin, problem=f"its parameters cannot be put into JSON: {reason}")
     return PassDescription(
         name=name,
         origin=origin,
@@ -54,8 +65,12 @@ def describe_pass(registry: Registry, name: str) -> PassDescription:
         produces=getattr(found, "produces", None),
         libraries=tuple(found.libraries),
         depends_on=tuple(found.depends_on),
+        requires=found.requires,
+        roles=tuple(found.roles),
+        comes_before=dict(found.comes_before),
+        comes_after=dict(found.comes_after),
         deterministic=found.deterministic,
-        parameters=tuple(describe_fields(found.Params)),
+        parameters=parameters,
     )
 
 

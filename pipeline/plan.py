@@ -15,7 +15,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from pipeline.artifact import SCHEMA_VERSION, Frozen, canonical_json
+from pipeline.code_digest import code_digest
 from pipeline.errors import HostError, PipelineError, RecipeError, did_you_mean
+from pipeline.file_pass import CodeFile
 from pipeline.hardware import HardwareProfile, Host
 from pipeline.hardware.host import Gpu
 from pipeline.memory_estimate import (
@@ -31,8 +33,9 @@ from pipeline.memory_estimate import (
 from pipeline.models import Source, source_artifact
 from pipeline.models.architecture import library_versions
 from pipeline.models.source import calibration_text, reading_digest
-from pipeline.plugin import Pass, PassParams, Registry, StageRef, code_digest
+from pipeline.plugin import Pass, PassParams, Registry, StageRef, UnreadPass, params_as_json
 from pipeline.recipe import Recipe, Stage, validate
+from pipeline.recipe.parameters import pass_of
 from pipeline.recipe.schema import SOURCE
 from pipeline.report.schema import PredictedMemory
 from pipeline.store import Store
@@ -52,6 +55,8 @@ class PlannedStage(Frozen):
 
     name: str
     pass_name: str
+    code: CodeFile | None = Field(None, description="where the pass is in a file of its own")
+    comes_after: dict[str, str] = Field(default_factory=dict, description="passes that may not follow, and why")
     params: dict[str, Any]
     parent: str | None
     inputs: dict[str, str] = Field(default_factory=dict)
@@ -320,10 +325,7 @@ def _plan_stage(
     host: Host,
 ) -> PlannedStage:
     where = ("passes", stage.index)
-    try:
-        found = registry.load(stage.pass_name)
-    except RecipeError as error:
-        raise RecipeError(error.message, hint=error.hint, location=recipe.location(*where, "pass")) from None
+    found, code = pass_of(stage, recipe, registry)
     params = _absolute_paths(validate(found.Params, stage.params, recipe.positions, where), recipe, where)
     accepts, produces = found.formats(params)
     parent = planned[stage.parent]
@@ -340,24 +342,20 @@ def _plan_stage(
             location=recipe.location(*where, "after"),
             hint=_format_hint(accepts, parent.produces),
         )
+    _check_order(stage, found, recipe, planned)
     facets = {name: facet_value(name, recipe, profile, host) for name in found.facets(params)}
-    ingredients = {
-        "pass": found.name,
-        "version": found.version,
-        "code": code_digest(found),
-        "params": _canonical_params(params, store),
-        "libraries": {name: _library_version(name) for name in found.libraries},
-        "facets": {n: digest_of(v) if n == "calibration_text" else v for n, v in facets.items()},
-        "environment": environment(),
-    }
+    unread = issubclass(found, UnreadPass)
+    ingredients = {} if unread else _ingredients(found, code, params, facets, store)
     own = digest_of(ingredients)
     parents = {"": parent.key, **{role: planned[name].key for role, name in stage.inputs.items()}}
     key = digest_of({"own": own, "parents": parents})
     status, reason, artifact = _status(stage, found, planned, own=own, key=key, store=store, host=host, params=params)
     return PlannedStage(
         name=stage.name,
-        pass_name=found.name,
-        params=params.model_dump(mode="json"),
+        pass_name=found.name if code is None else str(code),
+        code=code,
+        comes_after=dict(found.comes_after),
+        params=params_as_json(params, found),
         parent=stage.parent,
         inputs=stage.inputs,
         key=key,
@@ -372,6 +370,44 @@ def _plan_stage(
         reason=reason,
         artifact=artifact,
     )
+
+
+def _ingredients(
+    found: type[Pass], code: CodeFile | None, params: PassParams, facets: Mapping[str, Any], store: Store
+) -> dict[str, Any]:
+    """What the stage's own part of the key is computed over."""
+    return {
+        "pass": found.name,
+        "version": found.version,
+        "code": code_digest(found) if code is None else code.digest,
+        "params": {**params_as_json(params, found), **_contents_of_paths(params, store)},
+        "libraries": {name: _library_version(name) for name in found.libraries},
+        "facets": {n: digest_of(v) if n == "calibration_text" else v for n, v in facets.items()},
+        "environment": environment(),
+    }
+
+
+def _check_order(stage: Stage, found: type[Pass], recipe: Recipe, planned: Mapping[str, PlannedStage]) -> None:
+    """Raises: RecipeError where the stage is made from one that its pass, or that one's, does not let it follow."""
+    seen: set[str] = set()
+    waiting = [stage.parent, *stage.inputs.values()]
+    while waiting:
+        earlier = planned[waiting.pop()]
+        if earlier.name in seen:
+            continue
+        seen.add(earlier.name)
+        waiting += [name for name in (earlier.parent, *earlier.inputs.values()) if name is not None]
+        told = f" (stage {earlier.name!r})" if earlier.name != earlier.pass_name else ""
+        for reason, rule in (
+            (found.comes_before.get(earlier.pass_name), f"has to come before {earlier.pass_name}{told}"),
+            (earlier.comes_after.get(found.name), f"cannot come after {earlier.pass_name}{told}"),
+        ):
+            if reason is not None:
+                raise RecipeError(
+                    f"{stage.name}: {found.name} {rule}: {reason}",
+                    location=recipe.location("passes", stage.index, "pass"),
+                    hint="change their order, or branch off before it with `after:`",
+                )
 
 
 def _format_hint(accepts: Set[str], produced: str) -> str | None:
@@ -393,6 +429,8 @@ def _status(
     host: Host,
     params: PassParams,
 ) -> tuple[Status, str, str | None]:
+    if issubclass(found, UnreadPass):
+        return "may hit", "its code is not run to say more", None
     if record := store.stage_record(key):
         return "cached", "", record.artifact
     needs = [planned[name] for name in (stage.parent, *stage.inputs.values())]
@@ -469,7 +507,7 @@ def _predictions(
             prediction = Prediction(model=_source_size(stage, source, store))
             writes[name] = 0 if source.architecture is None else prediction.model.weights_bytes
         else:
-            found = registry.load(stage.pass_name)
+            found = registry.load(stage.pass_name, stage.code)
             before = sizes[stage.parent]
             try:
                 params = found.Params.model_validate_json(json.dumps(stage.params))
@@ -661,8 +699,8 @@ def _absolute_paths(params: PassParams, recipe: Recipe, where: tuple[str | int, 
     return params.model_copy(update={name: settle(name, value) for name, value in params})
 
 
-def _canonical_params(params: PassParams, store: Store) -> dict[str, Any]:
-    """Parameters as they enter the key: a file or folder by its contents, not by its name."""
+def _contents_of_paths(params: PassParams, store: Store) -> dict[str, Any]:
+    """Parameters that hold paths, as they enter the key: a file or folder by its contents, not by its name."""
 
     def by_contents(value: Any) -> Any:
         if isinstance(value, Path):
@@ -671,8 +709,7 @@ def _canonical_params(params: PassParams, store: Store) -> dict[str, Any]:
             return {"contents": [[str(p.relative_to(root)), store.digest_file(p)] for p in files]}
         return _map_inside(value, by_contents)
 
-    holding = {name: by_contents(value) for name, value in params if _holds_path(value)}
-    return {**params.model_dump(mode="json"), **holding}
+    return {name: by_contents(value) for name, value in params if _holds_path(value)}
 
 
 def _map_inside(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -6,24 +6,22 @@ only through this module; the built-in ones are registered in the same way.
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import logging
-import re
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.artifact import Artifact, Frozen
+from pipeline.artifact import Artifact, Frozen, canonical_json
 from pipeline.errors import PipelineError, RecipeError, did_you_mean
+from pipeline.file_pass import CodeFile, import_class, read_class
 from pipeline.memory_estimate import ModelSize, Prediction
+from pipeline.runtime.protocol import known_formats
 from pipeline.store.writer import OutputWriter
 
 PASSES = "pipeline.passes"
@@ -66,6 +64,10 @@ class Pass(ABC):
     deterministic: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ()
     """Roles of the further stages that an entry's `inputs` has to name; a pass that says none takes any."""
+    comes_before: ClassVar[Mapping[str, str]] = {}
+    """Names of passes that no stage may have gone through when it comes to this one, each with the reason."""
+    comes_after: ClassVar[Mapping[str, str]] = {}
+    """Names of passes that no stage may go through once it went through this one, each with the reason."""
 
     class Params(PassParams):
         """No parameters."""
@@ -208,11 +210,37 @@ class PassInfo:
         return f"{dist.name} {dist.version}" if dist else self.entry_point.module
 
 
-class Registry:
-    """The passes that are installed, by name. Only those asked for are imported."""
+class UnreadPass(Pass):
+    """Stands for a pass in a file whose code is not run: known as far as its text tells."""
 
-    def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
+    class Params(PassParams):
+        """Whatever the recipe gives; the pass itself checks it, once it may run."""
+
+        model_config = ConfigDict(extra="allow")
+
+    said: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def formats(cls, params: PassParams) -> tuple[frozenset[str], str]:
+        formats = known_formats()
+        accepts, produces = cls.said.get("accepts"), cls.said.get("produces")
+        taken = frozenset(accepts) & formats if isinstance(accepts, set | tuple | list | frozenset) else frozenset()
+        return taken or formats, str(produces) if produces in formats else next(iter(sorted(taken)), "onnx")
+
+    def run(self, artifact: Artifact, params: Any, context: PassContext) -> Artifact:
+        raise NotImplementedError
+
+
+Code = Literal["refuse", "read", "run"]
+"""What becomes of passes in files: an error, their text is read and nothing of it run, or they are imported."""
+
+
+class Registry:
+    """The passes that are installed, by name, and those in files. Only those asked for are imported."""
+
+    def __init__(self, points: Iterable[EntryPoint] | None = None, *, code: Code = "refuse") -> None:
         self._points = points
+        self._code = code
 
     @cached_property
     def _by_name(self) -> dict[str, list[PassInfo]]:
@@ -236,11 +264,22 @@ class Registry:
             raise RecipeError(f"two plugins are named {name!r}: {owners}", hint="uninstall one of them")
         return infos[0]
 
-    def load(self, name: str) -> type[Pass]:
-        """Import the pass `name`.
+    def origin(self, name: str) -> str:
+        """Where the pass comes from; more than one package where their passes have the same name.
 
-        Raises: RecipeError where it is unknown; PipelineError where it cannot be imported or is not a pass.
+        Raises: RecipeError where no pass has that name.
         """
+        infos = self._by_name.get(name) or [self.info(name)]
+        return " and ".join(dict.fromkeys(info.origin for info in infos))
+
+    def load(self, name: str, code: CodeFile | None = None) -> type[Pass]:
+        """Import the pass `name`, from the file `code` where it is in one.
+
+        Raises: RecipeError where it is unknown, or is in a file and not allowed to run; PipelineError where it cannot
+        be imported or is not a pass.
+        """
+        if code is not None:
+            return self._load_file(code)
         info = self.info(name)
         try:
             found = info.entry_point.load()
@@ -248,81 +287,81 @@ class Registry:
             raise PipelineError(
                 f"the pass {name!r} of {info.origin} cannot be imported: {type(error).__name__}: {error}"
             ) from error
-        if not (isinstance(found, type) and issubclass(found, Pass)):
-            raise PipelineError(f"{info.entry_point.value} of {info.origin} is not a subclass of pipeline.Pass")
-        if missing := [field for field in ("name", "accepts", "produces") if not hasattr(found, field)]:
-            raise PipelineError(f"the pass {name!r} of {info.origin} does not say its {' and '.join(missing)}")
-        if found.name != name:  # the name enters keys and finds the pass again in the worker
+        checked = _checked(found, name, info.entry_point.value, info.origin)
+        if checked.name != name:  # the name enters keys and finds the pass again in the worker
             raise PipelineError(
-                f"{info.origin} registers {info.entry_point.value} as {name!r}; the pass calls itself {found.name!r}",
+                f"{info.origin} registers {info.entry_point.value} as {name!r}; the pass calls itself {checked.name!r}",
                 hint="the entry point's name and the pass's have to be the same",
             )
-        if clash := RESERVED & set(found.Params.model_fields):
-            raise PipelineError(f"the pass {name!r} has parameters with reserved names: {', '.join(sorted(clash))}")
-        return found
+        return checked
+
+    def _load_file(self, code: CodeFile) -> type[Pass]:
+        if self._code == "refuse":
+            raise RecipeError(
+                f"the pass is code in {code.path}, which can do anything that you can",
+                hint="read it; with --allow-code it runs",
+            )
+        if self._code == "read":
+            said = read_class(code)
+            known = {"said": said, "name": code.class_name, "__doc__": said.pop("__doc__")}
+            return type(code.class_name, (UnreadPass,), known)
+        return _checked(import_class(code), code.class_name, code.class_name, Path(code.path).name)
 
 
-def code_digest(cls: type) -> str:
-    """SHA-256 over the sources of the class's module and of those modules of its package that it imports.
+def _checked(found: object, name: str, what: str, origin: str) -> type[Pass]:
+    """`found`, where it is a pass.
 
-    Imports are read from the source, inside functions too, so nothing is imported to find out.
+    Raises: PipelineError where it is none, or says of itself what cannot be.
     """
-    package = cls.__module__.partition(".")[0]
-    seen: dict[str, bytes] = {}
-    waiting = [cls.__module__]
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        path = _source_of(module)
-        if path is None:
-            continue
-        seen[module] = path.read_bytes()
-        waiting += _imports_within(seen[module], module, package, is_package=path.name == "__init__.py")
-    total = hashlib.sha256()
-    for module, source in sorted(seen.items()):
-        total.update(f"{module}\0{hashlib.sha256(source).hexdigest()}\0".encode())
-    return total.hexdigest()
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise PipelineError(f"{what} of {origin} is not a subclass of pipeline.Pass")
+    if missing := [field for field in ("name", "accepts", "produces") if not hasattr(found, field)]:
+        raise PipelineError(f"the pass {name!r} of {origin} does not say its {' and '.join(missing)}")
+    if isinstance(found.accepts, str):
+        raise PipelineError(
+            f"the pass {name!r} of {origin} accepts a text, {found.accepts!r}, where a set of formats is expected",
+            hint=f"write accepts = {{{found.accepts!r}}}",
+        )
+    if unknown := sorted({*found.accepts, found.produces} - known_formats()):
+        raise PipelineError(
+            f"the pass {name!r} of {origin} declares the unknown format {' and '.join(map(repr, unknown))}",
+            hint=did_you_mean(unknown[0], known_formats(), noun="formats, for which there is a runner"),
+        )
+    if not (isinstance(found.Params, type) and issubclass(found.Params, PassParams)):
+        raise PipelineError(f"the Params of the pass {name!r} of {origin} are not a subclass of pipeline.PassParams")
+    if clash := RESERVED & set(found.Params.model_fields):
+        raise PipelineError(f"the pass {name!r} has parameters with reserved names: {', '.join(sorted(clash))}")
+    return found
 
 
-def _source_of(module: str) -> Path | None:
-    """The file of a module, found below its top-level package's folder: looking for it otherwise would import it."""
-    loaded = getattr(sys.modules.get(module), "__file__", None)
-    if loaded is not None:
-        return Path(loaded) if loaded.endswith(".py") else None
-    top, *rest = module.split(".")
-    package = sys.modules.get(top)
-    if package is None or not rest:
-        return None
-    for folder in getattr(package, "__path__", ()):
-        base = Path(folder).joinpath(*rest)
-        for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
-            if candidate.is_file():
-                return candidate
-    return None
+def params_as_json(params: PassParams, found: type[Pass]) -> dict[str, Any]:
+    """The parameters as JSON, as which they go to the worker and enter the key.
+
+    Raises: PipelineError where one of them cannot be put into JSON and back.
+    """
+    try:
+        values = params.model_dump(mode="json")
+        text = canonical_json(values)
+        if found.Params.model_validate_json(text) != params:
+            raise ValueError("they come back as others")
+    except (ValueError, TypeError) as error:
+        guilty = next((name for name, value in params if not _in_json(found, name, value)), None)
+        which = f"its parameter {guilty!r}" if guilty else "its parameters"
+        reason = str(error).partition("\n")[0]
+        raise PipelineError(
+            f"the pass {found.name!r}: {which} cannot be put into JSON and read back: {reason}",
+            hint="parameters enter the stage key and go to another process; use numbers, texts, paths, lists, mappings "
+            "and models of these",
+        ) from error
+    return values
 
 
-@cache
-def _imports_within(source: bytes, module: str, package: str, *, is_package: bool) -> list[str]:
-    mentioned = rb"\b(?:from\s+\.|(?:from|import)\b[^\n]*\b" + re.escape(package.encode()) + rb"\b)"
-    if re.search(mentioned, source) is None:  # parsing is slow, and most modules import none of their own package
-        return []
-    found: list[str] = []
-    for node in _statements(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = module.split(".") if is_package else module.split(".")[:-1]
-                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
-            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return [name for name in found if name == package or name.startswith(package + ".")]
+def _in_json(found: type[Pass], name: str, value: Any) -> bool:
+    from pydantic import TypeAdapter
 
-
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Every statement below `node`. Imports are statements: to look into expressions would take five times as long."""
-    for part in ("body", "orelse", "finalbody", "handlers", "cases"):
-        for inner in getattr(node, part, ()):
-            yield inner
-            yield from _statements(inner)
+    try:
+        field = TypeAdapter(found.Params.model_fields[name].rebuild_annotation(), config=found.Params.model_config)
+        canonical_json(field.dump_python(value, mode="json"))
+    except (ValueError, TypeError, KeyError):
+        return False
+    return True

@@ -20,6 +20,7 @@ from pipeline.events import Events
 from pipeline.hardware import describe_host
 from pipeline.hardware.probe import probe_folder
 from pipeline.plan import Plan, digest_of, select_stages
+from pipeline.plugin import Code
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.report.build import installed_packages
 from pipeline.report.figures import megabytes
@@ -117,8 +118,8 @@ def read_past_run(name: str, runs: Path) -> PastRun:
     return PastRun(folder, report, load_recipe(recipe), plan)
 
 
-def compare_here(past: PastRun, store: Store) -> Reproduction:
-    """What differs on this machine, before anything runs.
+def compare_here(past: PastRun, store: Store, *, allow_code: bool = False) -> Reproduction:
+    """What differs on this machine, before anything runs. Passes in files are looked into where `allow_code` says so.
 
     Raises: RecipeError where the recipe cannot be planned any more.
     """
@@ -133,7 +134,12 @@ def compare_here(past: PastRun, store: Store) -> Reproduction:
     plan: Plan | None = None
     try:
         choice = _selection(past)
-        plan = plan_recipe(past.recipe, store=store, until=choice.until, only=choice.only or choice.ablate)
+        only = choice.only or choice.ablate
+        code: Code = "run" if allow_code else "read"
+        plan = plan_recipe(past.recipe, store=store, until=choice.until, only=only, code=code)
+        unread = [stage.name for stage in plan.stages if stage.code is not None and not allow_code]
+        if unread:
+            notes.append(f"passes in files were not compared: {', '.join(unread)}; with --allow-code their code runs")
     except HostError as error:  # a model of the hub that is not here yet
         notes.append(f"the model's files were not compared: {error.message}")
     found = [
@@ -153,6 +159,7 @@ def reproduce(
     runs: Path,
     fresh: bool = True,
     measure: bool = True,
+    allow_code: bool = False,
     events: Events | None = None,
 ) -> Reproduction:
     """Run it again and compare. With `fresh` every stage is made anew, in a store that is thrown away afterwards.
@@ -165,7 +172,7 @@ def reproduce(
     choice = _selection(past)._asdict()
 
     def again(store: Store) -> RunResult:
-        return run(past.recipe, store=store, measure=measure, runs=runs, events=events, **choice)
+        return run(past.recipe, store=store, measure=measure, allow_code=allow_code, runs=runs, events=events, **choice)
 
     if not fresh:
         return _compared(past, before, again(store))
@@ -249,7 +256,7 @@ def _planned(past: PastRun, plan: Plan) -> Iterator[Difference]:
     then = {str(stage["name"]): stage["ingredients"] for stage in past.plan["stages"]}
     stages: dict[tuple[str, str, str], list[str]] = {}
     for stage in plan.stages:
-        if isinstance(old := then.get(stage.name), dict):
+        if stage.ingredients and isinstance(old := then.get(stage.name), dict):
             for change in differing(old, json.loads(json.dumps(stage.ingredients))):
                 stages.setdefault((change.what, change.before, change.now), []).append(stage.name)
     for (what, old_value, now), names in stages.items():

@@ -12,7 +12,7 @@ from pipeline.measure.quality import encode
 from pipeline.models import Source, evaluation_text, find_source
 from pipeline.models.source import TOKENIZER
 from pipeline.plan import Plan, make_plan, select_stages
-from pipeline.plugin import Registry
+from pipeline.plugin import Code, Registry
 from pipeline.recipe import Recipe, Stage
 from pipeline.store import Store, default_store_path
 
@@ -27,8 +27,9 @@ def plan_recipe(
     until: str | None = None,
     only: str | None = None,
     force: bool = False,
+    code: Code = "read",
 ) -> Plan:
-    """What `run` would do, without doing it.
+    """What `run` would do, without doing it. `code`: what becomes of passes in files; by default none of it is run.
 
     Raises: RecipeError for what is wrong in the recipe; HostError where its model cannot be had here.
     """
@@ -36,7 +37,7 @@ def plan_recipe(
     store = store or Store(default_store_path())
     source = source_of(recipe, download=False)
     evaluation_text_of(recipe, source)
-    return resolve(recipe, source, store, host, until=until, only=only, force=force)
+    return resolve(recipe, source, store, host, until=until, only=only, force=force, code=code)
 
 
 def source_of(recipe: Recipe, *, download: bool) -> Source:
@@ -71,6 +72,7 @@ def resolve(
     only: str | None = None,
     stages: Sequence[Stage] | None = None,
     force: bool,
+    code: Code = "refuse",
 ) -> Plan:
     """The plan of what was found: of `stages`, or of those that `until` and `only` select.
 
@@ -80,7 +82,7 @@ def resolve(
         recipe,
         source=source,
         store=store,
-        registry=Registry(),
+        registry=Registry(code=code),
         profile=_profile(recipe, host, store),
         host=host,
         stages=select_stages(recipe, until=until, only=only) if stages is None else stages,

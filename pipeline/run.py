@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pipeline.events import Events
 from pipeline.execute import StageResult, execute
 from pipeline.hardware import describe_host
 from pipeline.plan import Plan
+from pipeline.plugin import Code
 from pipeline.recipe import Recipe, Stage
 from pipeline.recipe.parsing import to_yaml
 from pipeline.report.build import build_report
@@ -48,13 +50,15 @@ def run(
     ablate: str | None = None,
     measure: bool = True,
     force: bool = False,
+    allow_code: bool = False,
     runs: Path = Path("runs"),
     events: Events | None = None,
 ) -> RunResult:
     """Run a recipe and write its report to `runs/NAME/ID`, of which `runs/NAME/latest` is the newest.
 
     Stages that fail are in the report; the exit code says so. With `ablate`, a stage, the chain that ends there is
-    also made without each of its passes, and nothing else but the baseline is measured beside these.
+    also made without each of its passes, and nothing else but the baseline is measured beside these. `allow_code`:
+    passes in files beside the recipe run; without it they are an error.
 
     Raises: RecipeError, HostError before anything runs; KeyboardInterrupt with finished stages kept in the store.
     """
@@ -65,14 +69,15 @@ def run(
     source = source_of(recipe, download=True)
     text = evaluation_text_of(recipe, source)
     ablation = None
+    files: Code = "run" if allow_code else "refuse"
     if ablate is None:
-        plan = resolve(recipe, source, store, host, until=until, only=only, force=force)
+        plan = resolve(recipe, source, store, host, until=until, only=only, force=force, code=files)
     elif until is not None or only is not None:
         raise RecipeError("--ablate goes with neither --until nor --only: it takes the chain that ends in one stage")
     else:
 
         def planned(stages: Sequence[Stage]) -> Plan:
-            return resolve(recipe, source, store, host, stages=stages, force=force)
+            return resolve(recipe, source, store, host, stages=stages, force=force, code=files)
 
         ablation = plan_ablation(recipe, end_of_chain(recipe, ablate), planned)
         plan = planned(ablation.stages)
@@ -188,7 +193,7 @@ def _write(
     how = ""
     if ablation is not None:
         how = f"# This run was made with --ablate {ablation.end}: its report has stages that no entry here makes.\n"
-    (folder / "recipe.yaml").write_text(how + _resolved(recipe, plan), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(how + _resolved(recipe, plan, _keep_code(plan, folder)), encoding="utf-8")
     facets = {"stages": {"__all__": {"facets"}}}
     (folder / "plan.json").write_text(plan.model_dump_json(indent=1, exclude=facets), encoding="utf-8")
     if measured.speed is not None:
@@ -196,8 +201,30 @@ def _write(
     write_report(report, folder)
 
 
-def _resolved(recipe: Recipe, plan: Plan) -> str:
-    """The recipe as it was run, composed, overridden and with absolute paths: one file that runs from anywhere."""
+def _keep_code(plan: Plan, folder: Path) -> dict[str, str]:
+    """Copy passes in files into the run's folder, below code/; stage -> what a recipe there says of its pass.
+
+    The text is the one that ran: a file that was changed since is not kept, and the recipe names it where it was.
+    """
+    kept = {}
+    for stage in plan.stages:
+        if stage.code is None:
+            continue
+        source = Path(stage.code.path)
+        name = f"./code/{stage.name}/{source.name}"
+        text = source.read_bytes() if source.is_file() else b""
+        if hashlib.sha256(text).hexdigest() == stage.code.digest:
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).write_bytes(text)
+            kept[stage.name] = f"{name}:{stage.code.class_name}"
+    return kept
+
+
+def _resolved(recipe: Recipe, plan: Plan, code: Mapping[str, str]) -> str:
+    """The recipe as it was run, composed, overridden and with absolute paths: one file that runs from anywhere.
+
+    `code`: stage -> where a pass in a file is now.
+    """
     data = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     data = {"version": recipe.version, "name": recipe.name, **data}
 
@@ -216,6 +243,9 @@ def _resolved(recipe: Recipe, plan: Plan) -> str:
         data["evaluate"]["quality"]["text"] = text
     planned = {stage.name: stage.params for stage in plan.stages}
     for stage in recipe.stages:
+        if stage.name in code:
+            data["passes"][stage.index]["pass"] = code[stage.name]
+            data["passes"][stage.index].setdefault("name", stage.name)
         settled = planned.get(stage.name, {})  # paths among them are absolute already
         data["passes"][stage.index] |= {key: settled[key] for key in stage.params if key in settled}
     return to_yaml(data)

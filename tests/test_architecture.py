@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline"
 
 FLOORS = [
-    ["pipeline", "errors", "artifact", "files", "parent", "onnx_wire", "hardware"],
+    ["pipeline", "errors", "artifact", "files", "parent", "onnx_wire", "file_pass", "code_digest", "hardware"],
     ["report.schema", "report.figures", "report.verdicts", "report.gates"],
     ["store", "plugin", "stored_tensor", "onnx_model", "models", "runtime", "memory_estimate"],
-    ["recipe", "measure", "passes_catalogue", "starter"],
+    ["recipe", "measure", "passes_catalogue", "starter", "new_pass"],
     ["plan"],
     ["execute", "resolve", "why"],
     ["events", "evaluate", "divergences", "remembered"],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from pipeline.code_digest import code_digest
 from pipeline.errors import PipelineError, RecipeError
-from pipeline.plugin import PASSES, PassContext, Registry, code_digest
+from pipeline.plugin import PASSES, Pass, PassContext, Registry, params_as_json
 from pipeline.store.writer import OutputWriter
 
 
@@ -123,3 +125,88 @@ def test_a_pass_that_does_not_say_its_formats_is_refused(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PipelineError, match="does not say its accepts and produces"):
         Registry().load("formless")
+
+
+# What a pass says of itself
+
+BASE = """
+from pathlib import Path
+from typing import Any
+from pydantic import ConfigDict, Field
+from pipeline import Pass, PassParams
+
+class P(Pass):
+    name = "p"
+    accepts, produces = {"onnx"}, "onnx"
+    def run(self, artifact, params, context):
+        return artifact
+"""
+
+
+def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, module: str) -> type[Pass]:
+    (folder / f"{module}.py").write_text(BASE + textwrap.indent(textwrap.dedent(text), "    "))
+    monkeypatch.syspath_prepend(str(folder))
+    return Registry([point("p", f"{module}:P")]).load("p")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("accepts = {'onx'}", "declares the unknown format 'onx'\n  did you mean 'onnx'"),
+        ("produces = 'gguf'", "declares the unknown format 'gguf'"),
+        ("accepts = 'onnx'", r"accepts a text, 'onnx', where a set of formats is expected\n  write accepts = {'onnx'}"),
+        ("Params = dict", r"Params of the pass 'p' of \w+ are not a subclass of pipeline\.PassParams"),
+    ],
+)
+def test_what_cannot_be_of_a_pass_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    with pytest.raises(PipelineError, match=message):
+        loaded(tmp_path, monkeypatch, text, f"said_{abs(hash(text))}")
+
+
+PARAMETERS = """
+class Params(PassParams):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    fine: Path = Path("x")
+    odd: {type} = {default}
+"""
+
+
+@pytest.mark.parametrize(
+    ("type", "default", "reason"),
+    [
+        ("object", "object()", "Unable to serialize"),
+        ("Any", "Field(default_factory=lambda: float('nan'))", "cannot be put into JSON"),
+        ("Any", "Field(default_factory=lambda: {1, 2})", "they come back as others"),
+    ],
+)
+def test_parameters_that_json_cannot_hold_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: str, default: str, reason: str
+) -> None:
+    text = PARAMETERS.format(type=type, default=default)
+    found = loaded(tmp_path, monkeypatch, text, f"json_{type.lower()}_{len(default)}")
+    with pytest.raises(PipelineError, match=reason) as caught:
+        params_as_json(found.Params(), found)
+    assert "the pass 'p'" in caught.value.message
+
+
+def test_the_parameter_that_json_cannot_hold_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = loaded(tmp_path, monkeypatch, PARAMETERS.format(type="object", default="object()"), "json_named")
+    with pytest.raises(PipelineError, match="its parameter 'odd' cannot be put into JSON"):
+        params_as_json(found.Params(), found)
+
+
+def test_parameters_of_every_built_in_pass_survive_json() -> None:
+    registry = Registry()
+    for name in registry.names():
+        found = registry.load(name)
+        if not any(field.is_required() for field in found.Params.model_fields.values()):
+            assert params_as_json(found.Params(), found) == found.Params().model_dump(mode="json")
+
+
+def test_the_packages_of_two_plugins_of_one_name_are_both_named() -> None:
+    registry = Registry([point("a", "one:A"), point("a", "two:A")])
+    assert registry.origin("a") == "one and two"
+    with pytest.raises(RecipeError, match="unknown pass 'b'"):
+        registry.origin("b")

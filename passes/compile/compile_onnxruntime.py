@@ -48,6 +48,19 @@ class CompileOnnxRuntime(Pass):
     accepts, produces = frozenset({"onnx"}), "onnx"
     libraries = ("onnxruntime", "onnx", "onnx-ir")
     depends_on = ("host.cpu", "host.instruction_sets")
+    comes_after = dict.fromkeys(
+        (
+            "equalize_channels",
+            "fuse_transformer",
+            "join_products",
+            "onnxoptimizer",
+            "optimize_onnxruntime",
+            "quantize_dynamic",
+            "quantize_static",
+            "quantize_weights",
+        ),
+        "the weights that it packs for this CPU are those of the graph that it leaves, which nothing may change then",
+    )
 
     class Params(PassParams):
         prepack: bool = Field(

@@ -117,7 +117,7 @@ class ExportOnnx(Pass):
         does not support it, or the graph differs from torch.
         """
         if artifact.manifest.transforms:
-            names = ", ".join(str(t.get("name", t)) for t in artifact.manifest.transforms)
+            names = ", ".join(str(t.get("transform", t)) for t in artifact.manifest.transforms)
             raise PipelineError(f"a torch model with transforms cannot be exported: {names}")
         context.progress(0.0, "tracing")
         if params.exporter == "torchscript":

@@ -52,6 +52,10 @@ class EqualizeChannels(Pass):
     name, version = "equalize_channels", 1
     accepts, produces = frozenset({"onnx"}), "onnx"
     libraries = ("numpy", "onnx", "onnx-ir")
+    comes_before = dict.fromkeys(
+        ("quantize_weights", "quantize_dynamic", "quantize_static"),
+        "it scales float weights, so that quantizing them loses less",
+    )
 
     class Params(PassParams):
         strength: float = Field(

@@ -24,4 +24,8 @@ OnlyOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Go on though the plan says that this host has too little memory or disk.")
 ]
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Run passes in Python files beside the recipe: they can do all that you can."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

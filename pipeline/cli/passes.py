@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.options import JsonOption
 from pipeline.cli.verb import Verbs
 
-app = Verbs(help="The passes that are installed.", invoke_without_command=True, no_args_is_help=False)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.passes_catalogue import PassDescription
+
+app = Verbs(help="The passes that are installed, and new ones.", invoke_without_command=True, no_args_is_help=False)
 
 
 @app.callback()
-def list_verb(context: typer.Context, json: JsonOption = False) -> None:
-    """List the passes that are installed."""
-    if context.invoked_subcommand is not None:
-        return
+def passes_verb(context: typer.Context, json: JsonOption = False) -> None:
+    """The passes that are installed, and new ones. Without a command: list them."""
+    if context.invoked_subcommand is None:
+        list_verb(json=json)
+
+
+@app.command("list")
+def list_verb(json: JsonOption = False) -> None:
+    """List the passes that are installed; those that cannot be used, with the reason."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -44,32 +55,73 @@ def show_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A pass's name.")], json: JsonOption = False
 ) -> None:
     """Show a pass: what it does, its parameters, what it needs."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     from pipeline.cli.output import console, print_json
     from pipeline.errors import PipelineError
     from pipeline.passes_catalogue import describe_pass
     from pipeline.plugin import Registry
 
-    registry = Registry()
-    registry.info(name)
-    described = describe_pass(registry, name)
+    described = describe_pass(Registry(), name)
     if json:
         print_json(described.model_dump(mode="json"))
+    elif described.problem is not None:
+        raise PipelineError(f"{name}, from {described.origin}, cannot be used: {described.problem}")
+    else:
+        _print_pass(described, console())
+
+
+@app.command("new")
+def new_verb(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The pass's name, such as drop_identity.")],
+    takes: Annotated[str, typer.Option("--takes", metavar="onnx|torch", help="What the pass changes.")] = "onnx",
+    into: Annotated[
+        Path | None, typer.Option("--into", help="The folder that is made. Default: the name, with - for _.")
+    ] = None,
+) -> None:
+    """Write a new package with a pass, a test and a README."""
+    from pipeline.new_pass import write_package
+
+    folder = write_package(name, takes=takes, into=into)
+    typer.echo(f"wrote {folder}: a pass, its test and a README")
+    typer.echo(f"next:  pip install -e {folder}")
+    typer.echo(f"       pytest {folder}")
+    typer.echo(f"       pipeline passes show {name}")
+
+
+def _print_pass(d: PassDescription, output: Console) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    output.print(f"[bold]{d.name}[/] (version {d.version}, from {escape(d.origin)})")
+    output.print(escape(d.documentation))
+    output.print()
+    inputs = f", and in `inputs` {' and '.join(d.roles)}" if d.roles else ""
+    output.print(escape(f"takes {' or '.join(d.accepts)}{inputs}, yields {d.produces}"))
+    output.print(escape(f"needs {_needs(d)}"))
+    for other, reason in d.comes_before.items():
+        output.print(escape(f"comes before {other}: {reason}"))
+    for other, reason in d.comes_after.items():
+        output.print(escape(f"comes after {other}: {reason}"))
+    key = [*(f"the version of {name}" for name in d.libraries), *d.depends_on]
+    output.print(escape(f"its key holds its code and parameters{', ' if key else ''}{', '.join(key)}"))
+    if not d.deterministic:
+        output.print("two runs of it differ: the first result that is stored stands")
+    output.print()
+    if not d.parameters:
+        output.print("it has no parameters")
         return
-    if described.problem is not None:
-        raise PipelineError(described.problem)
-    output = console()
-    output.print(f"[bold]{described.name}[/] (version {described.version}, from {escape(described.origin)})")
-    output.print(escape(described.documentation))
-    output.print(f"takes {', '.join(described.accepts)}, yields {described.produces}")
-    if described.libraries or described.depends_on:
-        output.print(f"its key holds the versions of {', '.join(described.libraries) or 'no library'}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("parameter", "type", "default", "description"):
         table.add_column(column, overflow="fold")
-    for p in described.parameters:
+    for p in d.parameters:
         table.add_row(p.name, escape(p.type), escape(p.default), escape(p.description))
     output.print(table)
+
+
+def _needs(d: PassDescription) -> str:
+    """What the host must have, in words."""
+    needs = [] if d.requires.device == "any" else [{"cpu": "a CPU", "cuda": "a CUDA GPU"}[d.requires.device]]
+    needs += d.requires.providers
+    needs += [f"instructions {name}" for name in d.requires.instruction_sets]
+    needs += [f"the program {name.replace('|', ' or ')}" for name in d.requires.programs]
+    return ", ".join(needs) or "no particular hardware"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import JsonOption
+from pipeline.cli.options import AllowCodeOption, JsonOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +23,7 @@ def reproduce_verb(
         bool, typer.Option("--cached", help="Take from the store what it has, instead of making every stage anew.")
     ] = False,
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Compare the artifacts only.")] = False,
+    allow_code: AllowCodeOption = False,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs' results.")] = Path("runs"),
     json: JsonOption = False,
 ) -> int:
@@ -38,14 +39,21 @@ def reproduce_verb(
 
     store = Store(default_store_path())
     past = read_past_run(run, runs)
-    found = compare_here(past, store)
+    found = compare_here(past, store, allow_code=allow_code)
     output = console()
     if not json:
         _print_differences(found, output)
     if not plan:
         with LiveDisplay() as display:
             found = reproduce(
-                past, found, store=store, runs=runs, fresh=not cached, measure=not no_measure, events=display
+                past,
+                found,
+                store=store,
+                runs=runs,
+                fresh=not cached,
+                measure=not no_measure,
+                allow_code=allow_code,
+                events=display,
             )
         if not json:
             _print_outcome(found, output)

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import CellOption, ForceOption, JsonOption, OnlyOption, RecipeArgument, SetOption, UntilOption
+from pipeline.cli.options import (
+    AllowCodeOption,
+    CellOption,
+    ForceOption,
+    JsonOption,
+    OnlyOption,
+    RecipeArgument,
+    SetOption,
+    UntilOption,
+)
 
 
 def run_verb(
@@ -28,6 +37,7 @@ def run_verb(
         bool, typer.Option("--no-measure", help="Run the passes; print only what was measured before.")
     ] = False,
     force: ForceOption = False,
+    allow_code: AllowCodeOption = False,
     runs: Annotated[Path, typer.Option("--runs", help="Folder for the runs' results.")] = Path("runs"),
     json: JsonOption = False,
 ) -> int:
@@ -71,6 +81,7 @@ def run_verb(
                 ablate=end_of_chain(loaded, stage) if ablate else None,
                 measure=not no_measure,
                 force=force,
+                allow_code=allow_code,
                 runs=runs,
                 events=display,
             )

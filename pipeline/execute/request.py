@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.artifact import Artifact, Frozen, Manifest
+from pipeline.file_pass import CodeFile
 
 REQUEST = "request.json"
 RESULT = "result.json"
@@ -17,6 +18,7 @@ class Request(Frozen):
 
     stage: str
     pass_name: str
+    code: CodeFile | None = None
     params: dict[str, Any]
     artifact: Manifest | None  # None for the source, whose weights are drawn from a seed
     inputs: dict[str, Manifest]

@@ -209,6 +209,7 @@ def _work(
     request = Request(
         stage=stage.name,
         pass_name=stage.pass_name,
+        code=stage.code,
         params=stage.params,
         artifact=_manifest(store, parent) if parent else None,
         inputs={role: _manifest(store, digest) for role, digest in inputs.items()},

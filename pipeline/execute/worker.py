@@ -21,6 +21,7 @@ from pathlib import Path
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError
 from pipeline.execute.request import REQUEST, RESULT, Answer, Failure, Request, describe
+from pipeline.execute.write_guard import WriteGuard, WriteOutsideError
 from pipeline.parent import die_with_parent
 from pipeline.plugin import PassContext, Registry
 from pipeline.store.room import DISK_FULL
@@ -59,9 +60,12 @@ def _run(folder: Path, report: object) -> Answer:
             from pipeline.models.random_weights import draw_model
 
             return Answer(manifest=draw_model(request.params, context.output, context.progress, blobs).manifest)
-        found = Registry().load(request.pass_name)
+        guard = WriteGuard(folder, blobs.parent)
+        guard.install()
+        found = Registry(code="run").load(request.pass_name, request.code)
         params = found.Params.model_validate_json(json.dumps(request.params))
-        made = found().run(Artifact(request.artifact, blobs), params, context)
+        parent = Artifact(request.artifact, blobs)
+        made = guard.watch(lambda: found().run(parent, params, context))
         expected = found.formats(params)[1]
         if not isinstance(made, Artifact) or made.format != expected:
             raise PipelineError(f"the pass {found.name!r} returned {describe(made)} where it promises {expected!r}")
@@ -71,7 +75,7 @@ def _run(folder: Path, report: object) -> Answer:
         return Answer(failure=Failure(message=error.message, hint=error.hint))
     except (Exception, SystemExit) as error:  # a pass may be a stranger's: what it raises fails its stage
         _log(folder)
-        return Answer(failure=_unexpected(error, request.pass_name))
+        return Answer(failure=_unexpected(error, request))
 
 
 def _log(folder: Path) -> None:
@@ -83,17 +87,22 @@ def _log(folder: Path) -> None:
         traceback.print_exc()
 
 
-def _unexpected(error: BaseException, pass_name: str) -> Failure:
+def _unexpected(error: BaseException, request: Request) -> Failure:
     """What to say of an exception that the pass did not mean for its user."""
     message = f"{type(error).__name__}: {error}".removesuffix(": ")
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return Failure(message=message, disk_full=True)
+    if isinstance(error, WriteOutsideError):
+        return Failure(
+            message=f"the pass tried to write {error.filename}, outside its context; nothing was written there",
+            hint="files of the artifact go through context.output, others into the folder of context.output.scratch()",
+        )
     if isinstance(error, MemoryError):
         return Failure(message=message, hint="there was too little memory for it")
     if isinstance(error, SystemExit):
         message = f"the pass ended its process with sys.exit({error.code!r}) and made nothing"
     try:
-        author = f"the author of {Registry().info(pass_name).origin}"
+        author = "its author" if request.code else f"the author of {Registry().info(request.pass_name).origin}"
     except PipelineError:  # the source, which no package registers
         author = "its author"
     return Failure(message=message, hint=f"the pass did not expect this; {author} may want to see the log")

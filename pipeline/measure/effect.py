@@ -254,7 +254,7 @@ def _compare_torch(before: Artifact, after: Artifact, found: Mapping[str, object
     """By the tensors, the configuration and the module transforms."""
     same_config = torch_effect.same_configuration(before, after)
     same_modules = same_config and before.manifest.transforms == after.manifest.transforms
-    modules = {} if same_config else torch_effect.changed_modules(before, after)
+    modules = {} if same_modules else torch_effect.changed_modules(before, after)
     changed = torch_effect.changed_tensors(before, after)
     facts = {**found, "weights_changed": changed, "modules": modules}
     if changed[0] or not torch_effect.same_tensor_names(before, after):

@@ -26,16 +26,18 @@ def main() -> int:
 
 
 def modules_of(artifact: Artifact) -> Counter[str]:
-    """Modules by class. Raises: what transformers raises for a configuration that it does not know."""
+    """Modules by class. Raises: what transformers, or a module transform, raises for what it does not know."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from pipeline.runtime.torch import checkpoint_folder, trusts_code
+    from pipeline.runtime.transforms import apply_transforms
 
     trusted = trusts_code(artifact)
     with checkpoint_folder(artifact) as folder, torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        apply_transforms(model.eval(), artifact)
     return Counter(type(module).__name__ for module in model.modules())
 
 

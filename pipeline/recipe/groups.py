@@ -67,7 +67,7 @@ def _prefixed(entry: Node, prefix: str, own: set[str]) -> Node:
     given = entry.get("name") or entry.get("pass")
     if given is None or not isinstance(given.value, str):
         return entry  # what is wrong with it is said when the whole recipe is checked
-    entry = entry.with_key("name", Node(prefix + given.value, given.at))
+    entry = entry.with_key("name", Node(prefix + entry_name(entry), given.at))
     if (after := entry.get("after")) is not None:
         entry = entry.with_key("after", renamed(after))
     inputs = entry.get("inputs")

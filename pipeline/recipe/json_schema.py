@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.file_pass import FILE_PASS
 from pipeline.plugin import Registry
 from pipeline.recipe.matrix import FIXED
 from pipeline.recipe.schema import COMPARISONS, MODEL_SOURCES, Entry, GroupEntry, GroupFile, RecipeFile
@@ -62,6 +63,13 @@ def _put_passes(schema: dict[str, Any], registry: Registry) -> None:
             "additionalProperties": False,
         }
         variants.append({"$ref": f"#/$defs/pass.{name}"})
+    definitions["file_pass"] = {
+        "type": "object",
+        "description": "a pass in a Python file beside the recipe, ./FILE.py:CLASS, which runs with --allow-code",
+        "properties": {**common, "pass": {"type": "string", "pattern": FILE_PASS}},
+        "required": ["pass"],
+    }
+    variants.append({"$ref": "#/$defs/file_pass"})
     definitions.pop("Entry", None)
     schema["properties"]["passes"]["items"] = {"oneOf": variants}
 

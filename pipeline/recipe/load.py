@@ -16,7 +16,7 @@ from pipeline.recipe.groups import splice
 from pipeline.recipe.library import Library, find_recipe, read_text, shipped_recipes
 from pipeline.recipe.matrix import KEY as MATRIX
 from pipeline.recipe.matrix import Overrides, cells_of
-from pipeline.recipe.names import NAME
+from pipeline.recipe.names import NAME, stage_name
 from pipeline.recipe.overrides import apply_override, entry_name
 from pipeline.recipe.parameters import check_parameters
 from pipeline.recipe.parsing import parse
@@ -88,7 +88,7 @@ def _recipes(text: str, *, label: str, folder: Path, file: Path | None, override
     whole = splice(with_base(written, library, file), library)
     cells = cells_of(whole)
     base = whole.without({MATRIX})
-    registry = Registry()
+    registry = Registry(code="read")
 
     def composed(cell: Overrides | None) -> Node:
         tree = base if cell is None else splice(cell.apply(base), library)
@@ -163,7 +163,7 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
     stages: list[Stage] = []
     before = SOURCE
     for i, entry in enumerate(recipe.passes):
-        name = entry.name or entry.pass_
+        name = entry.name or stage_name(entry.pass_)
         where = ("passes", i, "name" if entry.name else "pass")
         known = [SOURCE, *(s.name for s in stages)]
         if re.match(NAME, name) is None:
@@ -182,7 +182,7 @@ def _stages(recipe: RecipeModel, positions: Positions) -> list[Stage]:
                 hint=f"the other is at {positions.find(('passes', first))}; give one of them a `name:`, "
                 "which on a group is the prefix of its stages' names",
             )
-        later = [e.name or e.pass_ for e in recipe.passes[i:]]
+        later = [e.name or stage_name(e.pass_) for e in recipe.passes[i:]]
         for role, stage in {"after": entry.after or before, **entry.inputs}.items():
             if stage not in known:
                 key = ("passes", i, "after") if role == "after" else ("passes", i, "inputs", role)

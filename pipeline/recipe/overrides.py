@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.errors import Location, RecipeError, did_you_mean
 from pipeline.recipe.extends import MODEL_COMPANIONS
+from pipeline.recipe.names import stage_name
 from pipeline.recipe.parsing import parse
 from pipeline.recipe.schema import MODEL_SOURCES
 from pipeline.recipe.tree import Node, placed, plain
@@ -44,7 +45,7 @@ def entry_name(entry: Node) -> str:
     for key in ("name", "pass"):
         found = entry.get(key)
         if found is not None and isinstance(found.value, str) and found.value:
-            return found.value
+            return stage_name(found.value) if key == "pass" else found.value
     return ""
 
 

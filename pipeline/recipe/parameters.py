@@ -1,11 +1,27 @@
-"""Parameters of passes, checked without a plan."""
+"""The passes of a recipe's stages, and parameters of passes checked without a plan."""
 
 from __future__ import annotations
 
 from pipeline.errors import RecipeError
-from pipeline.plugin import Registry
-from pipeline.recipe.schema import Recipe
+from pipeline.file_pass import CodeFile, find_code
+from pipeline.plugin import Pass, Registry
+from pipeline.recipe.schema import Recipe, Stage
 from pipeline.recipe.validation import validate
+
+
+def pass_of(stage: Stage, recipe: Recipe, registry: Registry) -> tuple[type[Pass], CodeFile | None]:
+    """(the stage's pass, the file that it is in: one below the folder of the recipe or group that names it).
+
+    Raises: RecipeError, with its place, where a pass is unknown, its file is not there, or may not run.
+    """
+    where = ("passes", stage.index, "pass")
+    try:
+        code = find_code(stage.pass_name, recipe.folder_of(*where))
+        return registry.load(stage.pass_name, code), code
+    except RecipeError as error:
+        if error.location is not None:  # in the code, then
+            raise
+        raise RecipeError(error.message, hint=error.hint, location=recipe.location(*where)) from None
 
 
 def check_parameters(recipe: Recipe, registry: Registry) -> None:
@@ -14,10 +30,5 @@ def check_parameters(recipe: Recipe, registry: Registry) -> None:
     Raises: RecipeError where a pass is unknown or a parameter is wrong.
     """
     for stage in recipe.stages:
-        where = ("passes", stage.index)
-        try:
-            found = registry.load(stage.pass_name)
-        except RecipeError as error:
-            location = recipe.location(*where, "pass")
-            raise RecipeError(error.message, hint=error.hint, location=location) from None
-        validate(found.Params, stage.params, recipe.positions, where)
+        found, _ = pass_of(stage, recipe, registry)
+        validate(found.Params, stage.params, recipe.positions, ("passes", stage.index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -72,6 +73,12 @@ class RunnerFactory(Protocol):
     version: str
 
     def __call__(self, artifact: Artifact, spec: ExecutionSpec) -> CausalLMRunner: ...
+
+
+@cache
+def known_formats() -> frozenset[str]:
+    """Formats of artifacts: those that some installed runner loads."""
+    return frozenset(point.name for point in entry_points(group=RUNNERS))
 
 
 def _factory(format: str) -> RunnerFactory:

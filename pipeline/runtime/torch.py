@@ -19,6 +19,7 @@ from pipeline.errors import HostError, PipelineError
 from pipeline.runtime import compile_cache
 from pipeline.runtime.protocol import ExecutionSpec
 from pipeline.runtime.sequence import Sequence, as_tokens
+from pipeline.runtime.transforms import apply_transforms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -347,9 +348,6 @@ def _in_order(tensor: Any) -> Any:
 def _load(artifact: Artifact) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if artifact.manifest.transforms:
-        names = ", ".join(str(t.get("transform", t)) for t in artifact.manifest.transforms)
-        raise PipelineError(f"the torch runner does not know the transforms of this artifact: {names}")
     dtype = artifact.manifest.execution.get("dtype", "auto")
     if dtype not in DTYPES:
         raise PipelineError(f"unknown dtype {dtype!r}; the torch runner knows {', '.join(DTYPES)}")
@@ -369,6 +367,7 @@ def _load(artifact: Artifact) -> Any:
     if missing := sorted(notes["missing_keys"]):
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         raise PipelineError(f"the checkpoint lacks {len(missing)} of the model's tensors: {shown}")
+    apply_transforms(model.eval(), artifact)
     return model
 
 

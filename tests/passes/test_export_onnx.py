@@ -540,7 +540,7 @@ class TestRefusals:
             bench.run(ExportOnnx, bench.source(folder))
 
     def test_transforms_cannot_be_exported(self, bench, llama):
-        manifest = llama.manifest.model_copy(update={"transforms": ({"name": "swap"},)})
+        manifest = llama.manifest.model_copy(update={"transforms": ({"transform": "swap"},)})
         with pytest.raises(PipelineError, match="transforms cannot be exported: swap"):
             bench.run(ExportOnnx, Artifact(manifest, llama.blobs))
 

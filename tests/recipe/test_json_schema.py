@@ -50,6 +50,7 @@ def test_every_shipped_group_fits_the_schema(name: str, group_schema: dict) -> N
         HEAD,
         HEAD + "passes: [{pass: quantize_weights, name: a, after: source, bits: 4, timeout_s: 3}]\n",
         HEAD + "passes: [{pass: export_onnx}, {group: onnx-cleanup, name: g, after: export_onnx}]\n",
+        HEAD + "passes: [{pass: './my_pass.py:MyPass', anything: [1], measure: false}]\n",
         HEAD + "matrix: [{seed: 1}, {}]\n",
         HEAD + "matrix: {cross: {seed: [1, 2]}}\n",
         HEAD + "gates: ['source.decode_tokens_per_s{batch: 1} >= 1.5']\n",
