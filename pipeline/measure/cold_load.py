@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.artifact import Artifact
 
 RESIDENT = 0.01
-"""Files of which no more than this share is in memory count as dropped."""
+"""Files of which no more than this share is in memory count as dropped, and those that lack no more as being there."""
 
 PROT_READ, MAP_SHARED = 1, 1
 MAP_FAILED = ctypes.c_void_p(-1).value
@@ -29,6 +29,7 @@ class ColdLoads:
         self._files = {name: files_of(artifact) for name, artifact in artifacts.items()}
         # what torch.compile leaves behind is wanted by every later process, so those come first
         self._due = sorted(artifacts, key=lambda name: not is_compiled(artifacts[name]))
+        self._read: set[Path] = set()
 
     @property
     def due(self) -> tuple[str, ...]:
@@ -50,6 +51,18 @@ class ColdLoads:
         """It was timed, or cannot be."""
         if name in self._due:
             self._due.remove(name)
+
+    def is_warm(self, name: str) -> bool:
+        """Whether the stage's files are in memory, as far as can be told: loads of this run read them, or all is there.
+
+        A load reads what it needs of a file, which may be less than all of it. What has no files here is warm.
+        """
+        files = self._files.get(name, frozenset())
+        return files <= self._read or is_in_memory(files)
+
+    def was_read(self, name: str) -> None:
+        """The stage was loaded."""
+        self._read |= self._files.get(name, frozenset())
 
     def left_after(self, launches: int, groups: Sequence[Sequence[str]]) -> int:
         """How many stages remain when there have been so many more launches of the groups."""
@@ -100,6 +113,25 @@ def drop_from_page_cache(files: Iterable[Path]) -> bool:
         pages += held[1]
         resident += held[0]
     return resident <= RESIDENT * pages
+
+
+def is_in_memory(files: Iterable[Path]) -> bool:
+    """Whether all of the files' pages are in memory; False where the kernel does not tell."""
+    pages = resident = 0
+    for path in files:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            held = _resident_pages(handle)
+        finally:
+            os.close(handle)
+        if held == (0, 0) and path.stat().st_size:
+            return False
+        resident += held[0]
+        pages += held[1]
+    return resident >= (1 - RESIDENT) * pages
 
 
 def _resident_pages(handle: int) -> tuple[int, int]:

@@ -267,6 +267,7 @@ class Launcher:
         dropped = cold and drop_from_page_cache(self.cold.files(stage.name))
         if cold and not dropped:
             self.record.kept_in_memory.append(stage.name)
+        warm = not cold and self.cold.is_warm(stage.name)
         try:
             if cold and compiled:
                 worker.forget_compiled(stage.artifact)
@@ -277,6 +278,7 @@ class Launcher:
             if isinstance(error, LoadError) and stage.name in self.record.failures:
                 self.record.unloadable.append(stage.name)
             return False
+        self.cold.was_read(stage.name)
         if stage.name == self.baseline or not self.vocab_size:
             self.vocab_size = min(self.vocab_size or answer["vocab_size"], answer["vocab_size"])
         self.record.loads.append(
@@ -286,6 +288,7 @@ class Launcher:
                 launch=launch,
                 load_s=answer["load_s"] + compile_s,
                 cold=dropped,
+                warm=warm,
                 compiled_anew=cold and compiled,
                 environment=answer.get("environment", {}),
             )

@@ -46,14 +46,14 @@ class Record:
             self.notes.append(note)
 
     def load_times(self, stages: Iterable[str]) -> dict[str, LoadTimes]:
-        """Cold: the load for which the files had been dropped; warm: the median of the others.
+        """Cold: the load for which the files had been dropped; warm: the median of those that found them in memory.
 
-        One that compiled anew and whose files were in memory is neither.
+        One that found some of them there is neither, and so is one that compiled anew with the files in memory.
         """
         found = {}
         for stage in stages:
             mine = [sample for sample in self.loads if sample.stage == stage]
-            warm = [sample.load_s for sample in mine if not (sample.cold or sample.compiled_anew)]
+            warm = [sample.load_s for sample in mine if sample.warm and not sample.compiled_anew]
             found[stage] = LoadTimes(
                 cold_s=next((sample.load_s for sample in mine if sample.cold), None),
                 warm_s=statistics.median(warm) if warm else None,

@@ -51,6 +51,7 @@ class LoadSample(Frozen):
     launch: int | None = Field(description="None for a load that was made only to be timed")
     load_s: float
     cold: bool = Field(description="True where the artifact's files had been dropped from memory")
+    warm: bool = Field(default=False, description="True where all of the artifact's files were in memory already")
     compiled_anew: bool = Field(default=False, description="True where torch.compile found no kernels kept")
     environment: dict[str, Any] = Field(default_factory=dict, description="threads and affinity as the worker saw them")
 

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 
 from pipeline.artifact import Artifact
-from pipeline.measure.cold_load import ColdLoads, drop_from_page_cache, files_of
+from pipeline.measure.cold_load import ColdLoads, drop_from_page_cache, files_of, is_in_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs posix_fadvise and mincore")
 
@@ -99,3 +99,29 @@ def test_an_empty_file_is_dropped_as_it_is(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_cannot_be_dropped(tmp_path: Path) -> None:
     assert not drop_from_page_cache([tmp_path / "nothing"])
+
+
+@linux
+def test_files_are_in_memory_once_they_were_read_whole(tmp_path: Path) -> None:
+    path = written(tmp_path / "weights")
+    assert is_in_memory([path])
+    assert drop_from_page_cache([path])
+    assert not is_in_memory([path])
+    path.read_bytes()
+    assert is_in_memory([path])
+    assert not is_in_memory([tmp_path / "absent"])
+
+
+@linux
+def test_a_stage_is_warm_once_its_files_were_read_by_a_load_or_are_in_memory(artifacts: list[Artifact]) -> None:
+    files = files_of(artifacts[0])
+    cold = ColdLoads({"a": artifacts[0], "b": artifacts[1]})
+    if not drop_from_page_cache(files):
+        pytest.skip("the file system keeps its files in memory")
+    assert not cold.is_warm("a")
+    cold.was_read("a")
+    assert cold.is_warm("a")
+    assert ColdLoads({}).is_warm("of no files here")
+    for path in files:
+        path.read_bytes()
+    assert ColdLoads({"a": artifacts[0]}).is_warm("a")

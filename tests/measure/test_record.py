@@ -32,7 +32,10 @@ def test_a_failing_second_process_of_the_baseline_is_a_note() -> None:
 
 
 def test_cold_and_warm_loads_are_told_apart_and_warm_ones_give_their_median() -> None:
-    loads = [LoadSample(stage="int4", launch=n, load_s=s, cold=n == 1) for n, s in enumerate((1.0, 9.0, 2.0, 7.0))]
+    loads = [
+        LoadSample(stage="int4", launch=n, load_s=s, cold=n == 1, warm=n != 1)
+        for n, s in enumerate((1.0, 9.0, 2.0, 7.0))
+    ]
     times = Record(loads=loads).load_times(["int4", "other"])
     assert (times["int4"].cold_s, times["int4"].warm_s) == (9.0, 2.0)
     assert (times["other"].cold_s, times["other"].warm_s) == (None, None)
@@ -40,8 +43,14 @@ def test_cold_and_warm_loads_are_told_apart_and_warm_ones_give_their_median() ->
 
 def test_a_load_that_compiled_anew_without_being_cold_is_neither() -> None:
     loads = [
-        LoadSample(stage="compiled", launch=0, load_s=28.0, cold=False, compiled_anew=True),
-        LoadSample(stage="compiled", launch=1, load_s=0.5, cold=False),
+        LoadSample(stage="compiled", launch=0, load_s=28.0, cold=False, warm=True, compiled_anew=True),
+        LoadSample(stage="compiled", launch=1, load_s=0.5, cold=False, warm=True),
     ]
     times = Record(loads=loads).load_times(["compiled"])["compiled"]
+    assert (times.cold_s, times.warm_s) == (None, 0.5)
+
+
+def test_a_load_that_found_some_of_its_files_in_memory_is_neither_cold_nor_warm() -> None:
+    loads = [LoadSample(stage="int4", launch=n, load_s=s, cold=False, warm=n == 1) for n, s in enumerate((4.3, 0.5))]
+    times = Record(loads=loads).load_times(["int4"])["int4"]
     assert (times.cold_s, times.warm_s) == (None, 0.5)
