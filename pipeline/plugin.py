@@ -53,6 +53,24 @@ class StageRef(NamedTuple):
     format: str
 
 
+class Example(Frozen):
+    """A way to try a pass on a small model: what `pipeline passes check` does without being told more."""
+
+    params: dict[str, Any] = Field(default_factory=dict, description="parameters, as in a recipe")
+    after: tuple[str | dict[str, Any], ...] | None = Field(
+        None,
+        description="entries of a recipe that come before it, each a pass's name or a mapping; None: what brings the "
+        "small model, a Llama for torch, into the format that the pass takes",
+    )
+    inputs: dict[str, str] = Field(default_factory=dict, description="further stages that the pass reads, by role")
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest difference of a logit from the model before, whose logits vary by about 1; None: what "
+        "rounding makes of the same computation",
+    )
+
+
 class Pass(ABC):
     """Turns an artifact into a new one. The first line of a subclass's docstring is what `pipeline passes` shows."""
 
@@ -66,6 +84,8 @@ class Pass(ABC):
     deterministic: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ()
     """Roles of the further stages that an entry's `inputs` has to name; a pass that says none takes any."""
+    examples: ClassVar[tuple[Example, ...]] = ()
+    """How the conformance kit tries the pass; none: once, with the parameters' defaults."""
 
     class Params(PassParams):
         """No parameters."""

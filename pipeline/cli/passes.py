@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import JsonOption
+from pipeline.cli.passes_check import check_verb
 from pipeline.cli.verb import Verbs
 
 app = Verbs(help="The passes that are installed.", invoke_without_command=True, no_args_is_help=False)
@@ -37,6 +38,9 @@ def list_verb(context: typer.Context, json: JsonOption = False) -> None:
         what = d.summary if d.problem is None else f"cannot be used: {d.problem}"
         table.add_row(d.name, ", ".join(d.accepts), d.produces or "", escape(what), escape(d.origin))
     console().print(table)
+
+
+app.command("check")(check_verb)
 
 
 @app.command("show")
