@@ -63,6 +63,10 @@ class Example(Frozen):
         "small model, a Llama for torch, into the format that the pass takes",
     )
     inputs: dict[str, str] = Field(default_factory=dict, description="further stages that the pass reads, by role")
+    others: dict[str, Any] = Field(
+        default_factory=dict,
+        description="another valid value of each parameter for which none can be guessed from its type",
+    )
     tolerance: float | None = Field(
         None,
         gt=0,

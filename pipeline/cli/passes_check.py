@@ -37,6 +37,9 @@ def check_verb(
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", min=0, help="Largest difference of a logit from the model before.")
     ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option("--skip", metavar="CHECK", help="A check to leave out. May be repeated.")
+    ] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that one run of it may take.")] = 300.0,
     json: JsonOption = False,
 ) -> int:
@@ -64,7 +67,8 @@ def check_verb(
     examples = [None] if told else _examples(registry, name, examples_of)
     with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
         found = [
-            check_pass(name, **own, example=example, timeout_s=timeout, workspace=Path(folder)) for example in examples
+            check_pass(name, **own, example=example, skip=skip or (), timeout_s=timeout, workspace=Path(folder))
+            for example in examples
         ]
     if json:
         print_json([{**f.model_dump(mode="json"), "ok": f.ok} for f in found])

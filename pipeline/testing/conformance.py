@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,18 @@ WAYS: Mapping[str, tuple[dict[str, Any], ...]] = {
 }
 """Entries that bring the small model into a format."""
 
+NEEDED = frozenset({"declarations", "parameters", "run"})
+"""Checks that cannot be left out, for the others build on them."""
+
 MOST_TOLD = 5
 """Of what was found alike, so many are named."""
+
+HASH_SEED = "PYTHONHASHSEED"
+SEED, OTHER_SEED = 1, 2
+"""Of Python's hashes, which order what a set holds, in the first run and in the second."""
+
+LONGEST = 300
+"""Characters of what others said."""
 
 BULK = 20
 """So many environment variables are read by who reads them all."""
@@ -59,6 +69,7 @@ def check_pass(
     inputs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
     example: Example | None = None,
+    skip: Collection[str] = (),
     timeout_s: float = TIMEOUT_S,
     workspace: Path | None = None,
     start_worker: StartWorker | None = None,
@@ -66,12 +77,14 @@ def check_pass(
     """Try a pass on a small Llama, in worker processes and stores of its own, and say what was found.
 
     `given` is the name of an installed pass, or its class. What is not given of `params`, `after`, `inputs` and
-    `tolerance` is taken from `example`, by default the pass's first; see `Example`. `timeout_s` is how long a run of
-    the pass may take. `workspace` is a folder that checks may share, in which what comes before passes is made once.
-    `start_worker` starts the processes that score models; default: as a run does.
+    `tolerance` is taken from `example`, by default the pass's first; see `Example`. `skip` names checks to leave out.
+    `timeout_s` is how long a run of the pass may take. `workspace` is a folder that checks may share, in which what
+    comes before passes is made once. `start_worker` starts the processes that score models; default: as a run does.
 
-    Raises: RecipeError where there is no such pass, or the parameters or entries are not right.
+    Raises: RecipeError where there is no such pass or check, or the parameters or entries are not right.
     """
+    if unknown := set(skip) - CHECKS.keys():
+        raise RecipeError(f"unknown checks {_listed(sorted(unknown))}", hint=f"checks: {', '.join(CHECKS)}")
     registry = Registry()
     name = given if isinstance(given, str) else given.name
     origin = registry.info(name).origin
@@ -99,6 +112,7 @@ def check_pass(
             chosen,
             workspace=Workspace(workspace or Path(folder) / "shared"),
             folder=Path(folder),
+            skip=skip,
             timeout_s=timeout_s,
             start_worker=start_worker,
         )
@@ -143,6 +157,7 @@ class _Trial:
         *,
         workspace: Workspace,
         folder: Path,
+        skip: Collection[str],
         timeout_s: float,
         start_worker: StartWorker | None,
     ) -> None:
@@ -153,7 +168,11 @@ class _Trial:
         self.timeout_s = timeout_s
         self.start_worker = start_worker
         self.host_lacks = ""
+        self._plan_error: Exception | None = None
         self._found: dict[str, Finding] = {}
+        self._left_out = [c for c in skip if c not in NEEDED]
+        for check in self._left_out:
+            self._note(check, "skipped", "as asked")
 
     def findings(self) -> tuple[Finding, ...]:
         """Raises: RecipeError where parameters or entries are not right."""
@@ -164,19 +183,21 @@ class _Trial:
             "formats": self._formats,
         }
         for name, check in checks.items():
+            if name in self._left_out:
+                continue
             self._found[name] = check()
             if name in ("declarations", "parameters") and self._found[name].outcome == "failed":
                 return self._with_the_rest_skipped(f"see {name}")
         self.host_lacks = "; ".join(self.plan.problems)
         if self.host_lacks:
             return self._with_the_rest_skipped(f"it cannot run here: {self.host_lacks}")
-        before = self.workspace.make_what_comes_before(self.plan)
+        before = self.workspace.make_what_comes_before(self.plan, Watch(environment={HASH_SEED: str(OTHER_SEED)}))
         broken = next((result for result in before.values() if result.status in ("failed", "skipped")), None)
         if broken is not None:
             self._note("run", "failed", f"{broken.name}, which comes before it, {broken.status}: {broken.reason}")
             return self._with_the_rest_skipped("it did not run")
         self._run()
-        if self._found["run"].outcome == "passed":
+        if self._found["run"].outcome == "passed" and "odd_model" not in self._left_out:
             self._odd_model()
         return self._with_the_rest_skipped("it did not run")
 
@@ -186,6 +207,8 @@ class _Trial:
         return tuple(known[c] for c in CHECKS)
 
     def _note(self, check: str, outcome: Outcome, message: str = "") -> None:
+        if check in self._left_out and check in self._found:
+            return
         self._found[check] = Finding(check=check, outcome=outcome, message=message)
 
     # What needs no run
@@ -270,11 +293,11 @@ class _Trial:
         if faults:
             return _failed("declarations", "; ".join(faults))
         try:
-            plan, self._parameters_fit = self.plan, True
+            plan = self.plan
         except RecipeError:
             raise
         except (TypeError, ValueError) as error:  # parameters without JSON; the next check says so
-            self._parameters_fit, self._plan_error = False, error
+            self._plan_error = error
         except Exception as error:
             return _failed("declarations", f"the plan cannot be made: {_sentence(error)}")
         else:
@@ -303,7 +326,7 @@ class _Trial:
         if again != given:
             names = [n for n in type(given).model_fields if getattr(again, n, None) != getattr(given, n, None)]
             return _failed("parameters", f"{_listed(names)} come out of JSON as something else; {hint}")
-        if not self._parameters_fit:
+        if self._plan_error is not None:
             return _failed("parameters", f"the plan cannot hold them: {_sentence(self._plan_error)}; {hint}")
         return _passed("parameters")
 
@@ -311,7 +334,7 @@ class _Trial:
         faults = []
         if self.workspace.plan(self.entries(), self.workspace.model(other=True)).stages[-1].key == self.stage.key:
             faults.append("another model gives the same key")
-        found = variations(self.found.Params, self.example.params, self.folder)
+        found = variations(self.found.Params, self.example.params, self.folder, self.example.others)
         keys: dict[str, str] = {}
 
         def key(params: Mapping[str, Any]) -> str:
@@ -332,7 +355,7 @@ class _Trial:
         tried = len(found) - len(untried)
         told = f"{tried} of {len(found)} parameters changed it" if found else "it has no parameters"
         if untried:
-            told += f"; no other valid value was found for {_listed(untried)}"
+            told += f"; no other valid value was found for {_listed(untried)}: name one in `others` of an example"
             return Finding(check="key", outcome="warning", message=told)
         return _passed("key", told)
 
@@ -365,7 +388,7 @@ class _Trial:
         inputs = self._inputs(store)
         given = {str(a.locate(entry)) for a in inputs.values() for _, entry in a.manifest.entries()}
         before = {path: _state(Path(path)) for path in given}
-        result = self._try(store, seed=1, observer=watch.OBSERVER)
+        result = self._try(store, seed=SEED, observer=watch.OBSERVER)
         changed = {path: how for path in sorted(given) if (how := _change(before[path], _state(Path(path))))}
         self.workspace.model()  # put back, where the pass changed a file of it
         if result.host_lacks:
@@ -381,13 +404,18 @@ class _Trial:
         parent = store.artifact(inputs[""].digest)
         if made is None or parent is None:  # the pass changed what it read
             return
-        self._determinism(made)
-        self._effect(made, {**inputs, "": parent}, result)
-        self._tolerance(parent, made)
+        later: dict[str, Callable[[], None]] = {
+            "determinism": lambda: self._determinism(made),
+            "effect": lambda: self._effect(made, {**inputs, "": parent}, result),
+            "tolerance": lambda: self._tolerance(parent, made),
+        }
+        for name, check in later.items():
+            if name not in self._left_out:
+                check()
 
     def _try(self, store: Store, *, seed: int, observer: str | None = None) -> StageResult:
-        """Run the pass. `seed` is that of Python's hashes, which order what a set holds."""
-        environment = {"PYTHONHASHSEED": str(seed)}
+        """Run the pass."""
+        environment = {HASH_SEED: str(seed)}
         watched = Watch(stages=frozenset({CHECKED}), observer=observer, environment=environment)
         return self.workspace.try_pass(self.plan, store, watched)
 
@@ -461,15 +489,17 @@ class _Trial:
         if not self.found.deterministic:
             self._note("determinism", "passed", "it says that two runs differ")
             return
-        store = self.workspace.new_store(self.folder)
-        self.workspace.provide(self.plan, store)
-        result = self._try(store, seed=2)
-        self.workspace.model()
-        if result.artifact is None:
-            self._note("determinism", "failed", f"a second run failed: {result.reason}")
-            return
-        again = store.artifact(result.artifact)
-        if result.artifact == made.digest or again is None:
+        again = self._made_before_another_pass()
+        if again is None:
+            store = self.workspace.new_store(self.folder)
+            self.workspace.provide(self.plan, store)
+            result = self._try(store, seed=OTHER_SEED)
+            self.workspace.model()
+            again = store.artifact(result.artifact) if result.artifact else None
+            if again is None:
+                self._note("determinism", "failed", f"a second run failed: {_short(str(result.reason))}")
+                return
+        if again.digest == made.digest:
             self._note("determinism", "passed")
             return
         self._note(
@@ -478,6 +508,11 @@ class _Trial:
             f"two runs gave different {_listed(different(made.manifest, again.manifest))}: draw from context.seed, "
             "sort what comes from sets, keep times and paths out; or say `deterministic = False`",
         )
+
+    def _made_before_another_pass(self) -> Artifact | None:
+        """What the same stage gave where it came before a pass that was checked in this workspace."""
+        record = self.workspace.store.stage_record(self.stage.key)
+        return self.workspace.store.artifact(record.artifact) if record else None
 
     def _effect(self, made: Artifact, inputs: Mapping[str, Artifact], result: StageResult) -> None:
         names = {"": str(self.stage.parent), **self.stage.inputs}
@@ -535,7 +570,7 @@ class _Trial:
             self._note("odd_model", "skipped", f"the kit has no other model in {taken}")
             return
         self.workspace.provide(self.plan, store, swapped=odd.digest)
-        result = self._try(store, seed=1)
+        result = self._try(store, seed=SEED)
         self.workspace.model()
         if result.artifact is not None:
             made = store.artifact(result.artifact)
@@ -545,12 +580,12 @@ class _Trial:
             else:
                 self._note("odd_model", "passed", f"it makes an artifact of {ODD[taken]}")
         elif result.refused:
-            self._note("odd_model", "passed", f"it says: {result.reason}")
+            self._note("odd_model", "passed", f"it says: {_short(str(result.reason))}")
         else:
             self._note(
                 "odd_model",
                 "failed",
-                f"on {ODD[taken]}: {result.reason}; raise a PipelineError that says what the pass needs",
+                f"on {ODD[taken]}: {_short(str(result.reason))}; raise a PipelineError that says what the pass needs",
             )
 
 
@@ -638,7 +673,13 @@ def _change(before: State | None, after: State | None) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return _short(f"{type(error).__name__}: {error}")
+
+
+def _short(text: str) -> str:
+    """In one line, of LONGEST characters at most."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from pipeline.errors import PipelineError
-from pipeline.plugin import Registry
+from pipeline.plugin import Pass, Registry
 from pipeline.runtime.protocol import RUNNERS
 
 SOURCES = frozenset({"torch", "onnx"})
@@ -27,7 +27,7 @@ def taken_formats(*, but: str) -> frozenset[str]:
     return runnable_formats().union(*(found.accepts for found in _passes(but)))
 
 
-def _passes(but: str) -> list:
+def _passes(but: str) -> list[type[Pass]]:
     registry = Registry()
     found = []
     for name in registry.names():

@@ -20,17 +20,20 @@ class Variation(NamedTuple):
     after: dict[str, Any]
 
 
-def variations(model: type[BaseModel], params: Mapping[str, Any], files: Path) -> dict[str, Variation | None]:
+def variations(
+    model: type[BaseModel], params: Mapping[str, Any], files: Path, known: Mapping[str, Any] | None = None
+) -> dict[str, Variation | None]:
     """For each parameter a variation that is valid; None where none was found.
 
     Where validation wants another parameter changed, too, it is, on both sides. `files` is a folder for files that
-    parameters name.
+    parameters name; `known` are values that are known to be valid.
     """
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
     current = _dumped(model, params) or {}
+    given = known or {}
     candidates = {
-        name: list(_others(field, current.get(name), definitions, files))
+        name: [*([given[name]] if name in given else []), *_others(field, current.get(name), definitions, files)]
         for name, field in schema.get("properties", {}).items()
     }
     return {name: _variation(model, dict(params), name, candidates) for name in candidates}
@@ -112,7 +115,7 @@ def _numbers(field: Mapping[str, Any], current: Any, *, whole: bool) -> Iterator
     known = current if isinstance(current, int | float) and not isinstance(current, bool) else low or 1
     guesses = [known + 1, known - 1, known * 2, known / 2, low, high, 1, 2, 16]
     if low is not None and high is not None:
-        guesses.append((low + high) / 2)
+        guesses += [low + share * (high - low) for share in (0.25, 0.5, 0.75)]
     for guess in guesses:
         if guess is None:
             continue
@@ -147,6 +150,7 @@ def _arrays(field: Mapping[str, Any], current: Any, definitions: Mapping[str, An
     items = list(_values(field.get("items", {"type": "string"}), None, definitions, files))
     if known:
         yield known[:-1]
+        yield [*known, known[0]]
     for item in items:
         yield [*known, item]
     yield []

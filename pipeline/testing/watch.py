@@ -38,8 +38,8 @@ OF_THE_STANDARD_LIBRARY = frozenset({"PATH", "TMPDIR", "TEMP", "TMP"})
 """Variables that it reads to find a program or a place for temporary files: not a pass's choice."""
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-IMPORTING = frozenset({"importlib", "_frozen_importlib", "_frozen_importlib_external"})
-"""Modules that import others, or say which version is installed."""
+IMPORTING = frozenset({"importlib", "_frozen_importlib", "_frozen_importlib_external", "linecache"})
+"""Modules that import others, say which version is installed, or show the source of what is."""
 
 READS = frozenset({"open", "os.listdir", "os.scandir"})
 CHANGES: dict[str, tuple[int, ...]] = {
@@ -208,6 +208,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _installation() -> set[str]:
     """Folders of Python and of what is installed."""
     found = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values()}
+    found |= {folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")}
     return {os.path.realpath(folder) for folder in found}
 
 

@@ -84,10 +84,10 @@ class Workspace:
             host=self.host,
         )
 
-    def make_what_comes_before(self, plan: Plan) -> dict[str, StageResult]:
+    def make_what_comes_before(self, plan: Plan, watch: Watch) -> dict[str, StageResult]:
         """Run all stages but the one that is tried, or take them from the store."""
         before = plan.model_copy(update={"stages": plan.stages[:-1]})
-        return execute(before, source=self.source(), store=self.store)
+        return execute(before, source=self.source(), store=self.store, watch=watch)
 
     def provide(self, plan: Plan, store: Store, *, swapped: str | None = None) -> None:
         """Put what comes before the last stage into `store`.
