@@ -27,7 +27,7 @@ from pipeline.testing.findings import CHECKS, Finding, Findings, Outcome
 from pipeline.testing.known_formats import made_formats, runnable_formats, taken_formats
 from pipeline.testing.models import odd_artifact
 from pipeline.testing.variations import variations
-from pipeline.testing.workspace import CHECKED, Workspace, entries_of
+from pipeline.testing.workspace import CHECKED, Workspace, carry_over, entries_of
 
 TIMEOUT_S = 300.0
 WAYS: Mapping[str, tuple[dict[str, Any], ...]] = {
@@ -52,7 +52,7 @@ LONGEST = 300
 BULK = 20
 """So many environment variables are read by who reads them all."""
 
-OUTSIDE = re.compile(r"wrote (?P<path>.+?),? outside its context")
+OUTSIDE = re.compile(r"(?:wrote|write) (?P<path>.+?),? outside its context")
 """How the engine says that it stopped a pass which wrote where it may not."""
 
 
@@ -500,6 +500,7 @@ class _Trial:
                 self._note("determinism", "failed", f"a second run failed: {_short(str(result.reason))}")
                 return
         if again.digest == made.digest:
+            self._keep_for_others(made)
             self._note("determinism", "passed")
             return
         self._note(
@@ -513,6 +514,11 @@ class _Trial:
         """What the same stage gave where it came before a pass that was checked in this workspace."""
         record = self.workspace.store.stage_record(self.stage.key)
         return self.workspace.store.artifact(record.artifact) if record else None
+
+    def _keep_for_others(self, made: Artifact) -> None:
+        """Let what a stage gave twice be what comes before other passes."""
+        if self._made_before_another_pass() is None:
+            carry_over(self.stage, Store(made.blobs.parent), self.workspace.store)
 
     def _effect(self, made: Artifact, inputs: Mapping[str, Artifact], result: StageResult) -> None:
         names = {"": str(self.stage.parent), **self.stage.inputs}

@@ -45,6 +45,10 @@ def _variation(
     for value in candidates[name]:
         if _differ(model, params, changed := {**params, name: value}):
             return Variation(params, changed)
+    alone = {key: value for key, value in params.items() if key == name}  # the others may want the current one
+    for value in candidates[name]:
+        if _differ(model, alone, changed := {name: value}):
+            return Variation(alone, changed)
     tried = 0
     for other, values in candidates.items():
         for beside in values if other != name else ():

@@ -41,6 +41,9 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 IMPORTING = frozenset({"importlib", "_frozen_importlib", "_frozen_importlib_external", "linecache"})
 """Modules that import others, say which version is installed, or show the source of what is."""
 
+PROBING = "_get_default_tempdir"
+"""The function that looks where temporary files can be written, by writing one."""
+
 READS = frozenset({"open", "os.listdir", "os.scandir"})
 CHANGES: dict[str, tuple[int, ...]] = {
     "os.mkdir": (0,),
@@ -174,7 +177,7 @@ class Watcher:
                 return Caller(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}", library, is_direct)
             if module == __name__:
                 pass
-            elif top in IMPORTING or (top == "pipeline" and not on_its_behalf):
+            elif top in IMPORTING or (top == "pipeline" and not on_its_behalf) or frame.f_code.co_name == PROBING:
                 return None
             elif top in sys.stdlib_module_names:
                 is_direct = is_direct and top in {"os", "_collections_abc"}  # os.environ.get itself

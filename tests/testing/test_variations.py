@@ -74,6 +74,21 @@ def test_what_validation_wants_besides_is_changed_on_both_sides(tmp_path: Path) 
     assert found.after["size"] >= 2
 
 
+def test_what_goes_with_the_current_value_alone_is_left_out(tmp_path: Path) -> None:
+    class Linked(PassParams):
+        kind: Literal["plain", "sized"] = "plain"
+        size: int = 1
+
+        @model_validator(mode="after")
+        def _fit(self) -> Linked:
+            if self.size != 1 and self.kind == "plain":
+                raise ValueError("only sized ones have a size")
+            return self
+
+    found = variations(Linked, {"kind": "sized", "size": 4}, tmp_path)["kind"]
+    assert found == ({"kind": "sized"}, {"kind": "plain"})
+
+
 def test_a_file_of_other_contents_is_made(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     found = variations(Params, {"file": str(tmp_path / "mine.txt")}, tmp_path)["file"]
