@@ -392,7 +392,8 @@ class _Trial:
         changed = {path: how for path in sorted(given) if (how := _change(before[path], _state(Path(path))))}
         self.workspace.model()  # put back, where the pass changed a file of it
         if result.host_lacks:
-            self._note("run", "skipped", str(result.reason))
+            self.host_lacks = str(result.reason)
+            self._note("run", "skipped", self.host_lacks)
             return
         self._reads(result)
         self._writes_and_input(result, given, changed)

@@ -56,7 +56,7 @@ class Workspace:
         return find_source("path", str(model), relative_to=model)
 
     def recipe(self, entries: Iterable[Entry], model: Path | None = None) -> Recipe:
-        """A recipe of those entries over the small model.
+        """A recipe of those entries over the small model. Relative paths in it start where this process is.
 
         Raises: RecipeError where they do not fit together.
         """
@@ -67,7 +67,7 @@ class Workspace:
             "passes": list(entries),
             "evaluate": {"workload": {"forward": [[1, 8]]}},  # which a model without a cache can be asked for, too
         }
-        return recipe_from_text(json.dumps(recipe), file="the recipe of the check", folder=self.folder)
+        return recipe_from_text(json.dumps(recipe), file="the recipe of the check", folder=Path.cwd())
 
     def plan(self, entries: Iterable[Entry], model: Path | None = None) -> Plan:
         """The plan of those entries over the small model.

@@ -33,6 +33,20 @@ def test_a_file_that_a_parameter_names_may_be_read(check: Check, tmp_path: Path)
     assert outcomes(check("shouts", {"file": str(tmp_path / "words.txt")})) == {}
 
 
+def test_a_relative_path_starts_where_the_caller_is(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    assert outcomes(check("shouts", {"file": "words.txt"}, skip=["tolerance", "odd_model", "determinism"])) == {}
+
+
+def test_a_full_disk_says_nothing_of_the_pass(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.execute.stages.too_little_room", lambda store, needed: "the disk is full")
+    found = check("careful", skip=["key"])
+    assert (found.failed, found.host_lacks, found.ok) == ((), "the disk is full", False)
+
+
 @pytest.mark.parametrize(
     ("name", "broken", "told"),
     [
