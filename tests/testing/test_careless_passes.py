@@ -14,6 +14,9 @@ pytestmark = pytest.mark.usefixtures("careless")
 
 Check = Callable[..., Findings]
 
+NO_SECOND_RUN = ("tolerance", "odd_model", "determinism")
+"""Checks to leave out where one run shows what is asked for."""
+
 
 def outcomes(found: Findings) -> dict[str, str]:
     """Checks that neither passed nor were skipped."""
@@ -38,7 +41,7 @@ def test_a_relative_path_starts_where_the_caller_is(
 ) -> None:
     (tmp_path / "words.txt").write_text("words")
     monkeypatch.chdir(tmp_path)
-    assert outcomes(check("shouts", {"file": "words.txt"}, skip=["tolerance", "odd_model", "determinism"])) == {}
+    assert outcomes(check("shouts", {"file": "words.txt"}, skip=NO_SECOND_RUN)) == {}
 
 
 def test_a_full_disk_says_nothing_of_the_pass(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +82,7 @@ def test_the_broken_promise_is_named_and_no_other(check: Check, name: str, broke
 
 
 def test_a_file_in_the_home_folder_is_named(check: Check) -> None:
-    message = check("homesick")["reads"].message
+    message = check("homesick", skip=NO_SECOND_RUN)["reads"].message
     assert f"{Path.home().resolve() / '.careless'} (careless.py:" in message
     assert "let a parameter of type Path name them" in message
 
@@ -142,4 +145,4 @@ def test_a_class_that_is_not_the_installed_one_is_refused(check: Check) -> None:
 
 def test_what_failed_is_shown_where_it_is_required_to_be_well(check: Check) -> None:
     with pytest.raises(AssertionError, match="failed   effect: the pass tells of fuse_everything"):
-        check("braggart").require_ok()
+        check("braggart", skip=NO_SECOND_RUN).require_ok()

@@ -27,8 +27,10 @@ def test_the_fixtures_are_there(
     assert pipeline_store.model(pipeline_tiny_model).format == "torch"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("careless")
 def test_a_pass_is_checked_by_a_fixture(pipeline_check_pass: Callable[..., Findings]) -> None:
-    found = pipeline_check_pass("frank", skip=["tolerance"])
+    """Models are scored in processes of their own, as everywhere but in our other tests."""
+    found = pipeline_check_pass("frank")
     found.require_ok()
-    assert found["tolerance"].message == "as asked"
+    assert found["tolerance"].outcome == "passed"
