@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.memory_estimate import ModelSize, Prediction
     from pipeline.onnx_model import load_onnx, new_tensor, referenced_tensor, reshaped_tensor, save_onnx
     from pipeline.onnx_wire import check_external_tensors
-    from pipeline.plugin import Pass, PassContext, PassParams, Requires, StageRef, check_roles
+    from pipeline.plugin import Example, Pass, PassContext, PassParams, Requires, StageRef, check_roles
     from pipeline.recipe import load_recipe
     from pipeline.runtime import ExecutionSpec, load_model, load_runner
     from pipeline.runtime.torch import checkpoint_folder
@@ -32,7 +32,7 @@ _HOMES = {
     "pipeline.memory_estimate": ["ModelSize", "Prediction"],
     "pipeline.onnx_model": ["load_onnx", "new_tensor", "referenced_tensor", "reshaped_tensor", "save_onnx"],
     "pipeline.onnx_wire": ["check_external_tensors"],
-    "pipeline.plugin": ["Pass", "PassContext", "PassParams", "Requires", "StageRef", "check_roles"],
+    "pipeline.plugin": ["Example", "Pass", "PassContext", "PassParams", "Requires", "StageRef", "check_roles"],
     "pipeline.recipe": ["load_recipe"],
     "pipeline.runtime": ["ExecutionSpec", "load_model", "load_runner"],
     "pipeline.runtime.torch": ["checkpoint_folder"],
@@ -44,6 +44,7 @@ __all__ = [
     "Artifact",
     "CacheLayout",
     "Component",
+    "Example",
     "ExecutionSpec",
     "Field",
     "FileEntry",

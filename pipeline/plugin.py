@@ -51,6 +51,28 @@ class StageRef(NamedTuple):
     format: str
 
 
+class Example(Frozen):
+    """A way to try a pass on a small model: what `pipeline passes check` does without being told more."""
+
+    params: dict[str, Any] = Field(default_factory=dict, description="parameters, as in a recipe")
+    after: tuple[str | dict[str, Any], ...] | None = Field(
+        None,
+        description="entries of a recipe that come before it, each a pass's name or a mapping; None: what brings the "
+        "small model, a Llama for torch, into the format that the pass takes",
+    )
+    inputs: dict[str, str] = Field(default_factory=dict, description="further stages that the pass reads, by role")
+    others: dict[str, Any] = Field(
+        default_factory=dict,
+        description="another valid value of each parameter for which none can be guessed from its type",
+    )
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest difference of a logit from the model before, whose logits vary by about 1; None: what "
+        "rounding makes of the same computation",
+    )
+
+
 class Pass(ABC):
     """Turns an artifact into a new one. The first line of a subclass's docstring is what `pipeline passes` shows."""
 
@@ -68,6 +90,8 @@ class Pass(ABC):
     """Names of passes that no stage may have gone through when it comes to this one, each with the reason."""
     comes_after: ClassVar[Mapping[str, str]] = {}
     """Names of passes that no stage may go through once it went through this one, each with the reason."""
+    examples: ClassVar[tuple[Example, ...]] = ()
+    """How the conformance kit tries the pass; none: once, with the parameters' defaults."""
 
     class Params(PassParams):
         """No parameters."""

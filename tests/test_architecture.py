@@ -26,6 +26,7 @@ FLOORS = [
     ["comparable"],
     ["unpaired"],
     ["compare", "cells"],
+    ["testing"],
     ["cli", "__main__"],
 ]
 HEAVY = {"numpy", "torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "scipy", "olive", "pandas"}

@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from pipeline import (
     Artifact,
+    Example,
     ExecutionSpec,
     Field,
     ModelSize,
@@ -48,6 +49,7 @@ class CompileTorch(Pass):
     libraries = ("torch", "transformers")
     depends_on = ("profile.device",)
     requires = Requires(programs=("g++|clang++",))
+    examples = (Example(params={"verify": False}), Example())
 
     class Params(PassParams):
         mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import (
     Artifact,
+    Example,
     ExecutionSpec,
     Field,
     Interface,
@@ -57,6 +58,17 @@ class SplitPhases(Pass):
     depends_on = ("host.cpu", "host.cores")
     deterministic = False
     roles = (PREFILL, DECODE)
+    examples = (
+        Example(
+            after=(
+                {"pass": "export_onnx", "verify": False},
+                "fuse_transformer",
+                {"pass": "quantize_weights", "bits": 8},
+            ),
+            inputs={PREFILL: "fuse_transformer", DECODE: "quantize_weights"},
+            tolerance=0.5,
+        ),
+    )
 
     class Params(PassParams):
         crossover_tokens: int | None = Field(

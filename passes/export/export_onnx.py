@@ -29,6 +29,7 @@ from passes.export.verify import FIRST_LAYERS, WIDENED_BYTES, verify_against_tor
 from pipeline import (
     Artifact,
     CacheLayout,
+    Example,
     Field,
     Interface,
     ModelSize,
@@ -67,6 +68,7 @@ class ExportOnnx(Pass):
     name, version = "export_onnx", 1
     accepts, produces = frozenset({"torch"}), "onnx"
     libraries = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+    examples = (Example(params={"verify": False}), Example())
 
     class Params(PassParams):
         opset: int = Field(

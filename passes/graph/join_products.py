@@ -22,6 +22,7 @@ from passes.graph.weights_aside import execution_of_graph
 from passes.quantize.products import register, remove_unused
 from pipeline import (
     Artifact,
+    Example,
     Field,
     ModelSize,
     Pass,
@@ -64,6 +65,7 @@ class JoinProducts(Pass):
     name, version = "join_products", 1
     accepts, produces = frozenset({"onnx"}), "onnx"
     libraries = ("onnxruntime", "onnx", "onnx-ir")
+    examples = (Example(after=({"pass": "export_onnx", "verify": False}, "fuse_transformer", "quantize_weights")),)
 
     class Params(PassParams):
         attention: bool = Field(

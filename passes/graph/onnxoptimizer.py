@@ -12,6 +12,7 @@ from pydantic import field_validator
 from passes.graph.weights_aside import execution_of_graph, keep_used_opsets, lay_aside, original_of, put_back
 from pipeline import (
     Artifact,
+    Example,
     Field,
     ModelSize,
     Pass,
@@ -83,6 +84,7 @@ class OnnxOptimizer(Pass):
     name, version = "onnxoptimizer", 1
     accepts, produces = frozenset({"onnx"}), "onnx"
     libraries = ("onnxoptimizer", "onnx", "onnx-ir")
+    examples = (Example(others={"passes": ["fuse_consecutive_unsqueezes"]}),)
 
     class Params(PassParams):
         passes: list[str] | None = Field(

@@ -20,6 +20,7 @@ from passes.quantize.products import (
 )
 from pipeline import (
     Artifact,
+    Example,
     Field,
     ModelSize,
     Pass,
@@ -41,6 +42,7 @@ class QuantizeDynamic(Pass):
     name, version = "quantize_dynamic", 1
     accepts, produces = frozenset({"onnx"}), "onnx"
     libraries = ("numpy", "onnx", "onnx-ir")
+    examples = (Example(tolerance=1.0),)
 
     class Params(PassParams):
         weight_type: Literal["int8", "uint8"] = Field(

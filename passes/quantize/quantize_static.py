@@ -25,6 +25,7 @@ from passes.quantize.quantize_dynamic import single_precision
 from passes.quantize.ranges import Method, activation_ranges
 from pipeline import (
     Artifact,
+    Example,
     Field,
     ModelSize,
     Pass,
@@ -54,6 +55,7 @@ class QuantizeStatic(Pass):
     accepts, produces = frozenset({"onnx"}), "onnx"
     libraries = ("numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers")
     depends_on = ("calibration_text", "seed")
+    examples = (Example(params={"samples": 8, "sequence_length": 32}, tolerance=1.5),)
 
     class Params(PassParams):
         method: Method = Field(

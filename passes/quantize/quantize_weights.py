@@ -34,6 +34,7 @@ from passes.quantize.products import (
 )
 from pipeline import (
     Artifact,
+    Example,
     Field,
     ModelSize,
     Pass,
@@ -70,6 +71,11 @@ class QuantizeWeights(Pass):
     name, version = "quantize_weights", 2
     accepts, produces = frozenset({"onnx"}), "onnx"
     libraries = ("numpy", "scipy", "onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch")
+    examples = (
+        Example(params={"bits": 8}, tolerance=0.5),
+        Example(tolerance=4.0),
+        Example(params={"method": "gptq", "samples": 8, "sequence_length": 32}, tolerance=4.0),
+    )
 
     class Params(PassParams):
         method: Method = Field(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import JsonOption
+from pipeline.cli.passes_check import check_verb
 from pipeline.cli.verb import Verbs
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def list_verb(json: JsonOption = False) -> None:
         what = d.summary if d.problem is None else f"cannot be used: {d.problem}"
         table.add_row(d.name, ", ".join(d.accepts), d.produces or "", escape(what), escape(d.origin))
     console().print(table)
+
+
+app.command("check")(check_verb)
 
 
 @app.command("show")

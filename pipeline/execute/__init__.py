@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.execute.stages import Cost, StageResult, execute
+    from pipeline.execute.stages import Cost, StageResult, Watch, execute
 
-__all__ = ["Cost", "StageResult", "execute"]
+__all__ = ["Cost", "StageResult", "Watch", "execute"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,11 @@ class Request(Frozen):
     facets: dict[str, Any]
     threads: int
     blobs: str
+    observer: str | None = Field(
+        None,
+        description="MODULE:NAME of a context manager that is given the request and the folder, is around the pass, "
+        "from its import on, and yields a dict of what it saw: for the conformance kit",
+    )
 
 
 class Failure(Frozen):
@@ -33,6 +38,7 @@ class Failure(Frozen):
     message: str
     hint: str | None = None
     disk_full: bool = False
+    expected: bool = Field(False, description="the pass raised it for its user, as a PipelineError")
 
 
 class Answer(Frozen):
@@ -41,6 +47,7 @@ class Answer(Frozen):
     manifest: Manifest | None = None
     failure: Failure | None = None
     rules: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    observed: dict[str, Any] = Field(default_factory=dict, description="what the request's observer saw")
 
 
 def describe(artifact: object) -> str:

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -66,6 +66,22 @@ class StageResult(Frozen):
     log: str | None = None
     host_lacks: bool = False
     """It failed for want of room on this host's disk, and not through the pass."""
+    refused: bool = False
+    """It failed because the pass said that it could not do it, and why."""
+    observed: dict[str, Any] = Field(default_factory=dict)
+    """What the stage's observer saw, when it ran."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How the workers of some stages are watched, by the conformance kit."""
+
+    stages: frozenset[str] = frozenset()
+    """Those whose worker calls the observer."""
+    observer: str | None = None
+    """See `Request`."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What the environment of all workers has beside what it always has."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +99,14 @@ def execute(
     source: Source,
     store: Store,
     force: bool = False,
+    watch: Watch | None = None,
     on_start: Callable[[str], None] = lambda name: None,
     on_progress: Progress = lambda name, fraction, message: None,
     on_end: Callable[[StageResult], None] = lambda result: None,
 ) -> dict[str, StageResult]:
     """Run every stage of the plan in order. A stage that fails stops those made from it, and no other.
 
-    `force`: try stages that the disk has likely too little room for.
+    `force`: try stages that the disk has likely too little room for; `watch`: how workers are watched.
 
     Raises: KeyboardInterrupt after the running worker was ended; what was finished stays in the store.
     """
@@ -104,7 +121,16 @@ def execute(
             else:
                 on_start(stage.name)
                 damage = store.damage(stage.key)
-                result = _run(plan, stage, results, source=source, store=store, force=force, on_progress=on_progress)
+                result = _run(
+                    plan,
+                    stage,
+                    results,
+                    source=source,
+                    store=store,
+                    force=force,
+                    watch=watch or Watch(),
+                    on_progress=on_progress,
+                )
                 if damage and result.status == "ran":
                     result = result.model_copy(update={"reason": f"made again: in the store, {damage}"})
                 results[stage.name] = result
@@ -120,13 +146,14 @@ def _run(
     source: Source,
     store: Store,
     force: bool,
+    watch: Watch,
     on_progress: Progress,
 ) -> StageResult:
     """One stage. A full disk is its failure; whatever else the operating system refuses is not expected here."""
     try:
         if stage.name == SOURCE and source.architecture is None:  # else its weights are drawn, by a worker
             return _source(plan, stage, source, store)
-        return _stage(plan, stage, results, store, on_progress, force=force)
+        return _stage(plan, stage, results, store, on_progress, force=force, watch=watch)
     except StageError as error:
         return StageResult(name=stage.name, status="failed", reason=str(error))
     except OSError as error:
@@ -158,6 +185,7 @@ def _stage(
     on_progress: Progress,
     *,
     force: bool,
+    watch: Watch,
 ) -> StageResult:
     parent = str(results[stage.parent].artifact) if stage.parent else ""
     inputs = {role: str(results[name].artifact) for role, name in stage.inputs.items()}
@@ -178,7 +206,17 @@ def _stage(
             return StageResult(name=stage.name, status="failed", reason=lacking, host_lacks=True)
         with store.staging() as staging:
             log = store.log_path(stage.key)
-            ended = _work(plan, stage, parent, inputs, store=store, staging=staging, log=log, on_progress=on_progress)
+            ended = _work(
+                plan,
+                stage,
+                parent,
+                inputs,
+                store=store,
+                staging=staging,
+                log=log,
+                watch=watch,
+                on_progress=on_progress,
+            )
             if ended.answer is None or ended.answer.manifest is None:
                 return _failed(stage, ended, store, log)
             cost = ended.cost
@@ -187,9 +225,17 @@ def _stage(
                 artifact = store.publish(staging, manifest)
             except StageError as error:
                 return StageResult(name=stage.name, status="failed", reason=str(error), cost=cost, log=str(log))
-        rules = ended.answer.rules
+        rules, observed = ended.answer.rules, ended.answer.observed
         _index(plan, stage, artifact.digest, inputs=contents, cost=cost, store=store, rules=rules)
-    return StageResult(name=stage.name, status="ran", artifact=artifact.digest, cost=cost, rules=rules, log=str(log))
+    return StageResult(
+        name=stage.name,
+        status="ran",
+        artifact=artifact.digest,
+        cost=cost,
+        rules=rules,
+        observed=observed,
+        log=str(log),
+    )
 
 
 def _work(
@@ -201,6 +247,7 @@ def _work(
     store: Store,
     staging: Path,
     log: Path,
+    watch: Watch,
     on_progress: Progress,
 ) -> _Ended:
     """Run the pass in a process of its own, for as long as the recipe lets it."""
@@ -216,6 +263,7 @@ def _work(
         facets=stage.facets,
         threads=plan.threads,
         blobs=str(store.blobs),
+        observer=watch.observer if stage.name in watch.stages else None,
     )
     (staging / REQUEST).write_text(request.model_dump_json(), encoding="utf-8")
     available_bytes, kills = int(psutil.virtual_memory().available), oom_kills()
@@ -228,7 +276,7 @@ def _work(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env=worker_environment(plan.threads),
+            env={**worker_environment(plan.threads), **watch.environment},
             start_new_session=True,
         )
         try:
@@ -273,7 +321,16 @@ def _failed(stage: PlannedStage, ended: _Ended, store: Store, log: Path) -> Stag
     else:
         full = failure.disk_full
         reason = disk_is_full(store, failure.message) if full else _in_words(failure)
-    return StageResult(name=stage.name, status="failed", reason=reason, cost=ended.cost, log=str(log), host_lacks=full)
+    return StageResult(
+        name=stage.name,
+        status="failed",
+        reason=reason,
+        cost=ended.cost,
+        log=str(log),
+        host_lacks=full,
+        refused=failure is not None and failure.expected,
+        observed=ended.answer.observed if ended.answer else {},
+    )
 
 
 def _in_words(failure: Failure) -> str:

@@ -15,8 +15,10 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError
@@ -39,13 +41,24 @@ def main(folder: Path) -> int:
         def report(fraction: float, message: str) -> None:
             progress.write(json.dumps({"fraction": fraction, "message": message}) + "\n")
 
-        answer = _run(folder, report)
+        request = Request.model_validate_json((folder / REQUEST).read_bytes())
+        with _observed(request, folder) as seen:
+            answer = _run(request, folder, report)
+        answer = answer.model_copy(update={"observed": seen})
     (folder / RESULT).write_text(answer.model_dump_json(), encoding="utf-8")
     return 0 if answer.failure is None else 1
 
 
-def _run(folder: Path, report: object) -> Answer:
-    request = Request.model_validate_json((folder / REQUEST).read_bytes())
+def _observed(request: Request, folder: Path) -> AbstractContextManager[dict[str, Any]]:
+    """The request's observer, which is not a module that the engine knows."""
+    if request.observer is None:
+        return nullcontext({})
+    module, _, name = request.observer.partition(":")
+    observer: AbstractContextManager[dict[str, Any]] = getattr(import_module(module), name)(request, folder)
+    return observer
+
+
+def _run(request: Request, folder: Path, report: object) -> Answer:
     blobs = Path(request.blobs)
     context = PassContext(
         output=OutputWriter(folder),
@@ -68,11 +81,12 @@ def _run(folder: Path, report: object) -> Answer:
         made = guard.watch(lambda: found().run(parent, params, context))
         expected = found.formats(params)[1]
         if not isinstance(made, Artifact) or made.format != expected:
-            raise PipelineError(f"the pass {found.name!r} returned {describe(made)} where it promises {expected!r}")
+            message = f"the pass {found.name!r} returned {describe(made)} where it promises {expected!r}"
+            return Answer(failure=Failure(message=message))
         return Answer(manifest=made.manifest, rules=context.rules)
     except PipelineError as error:
         _log(folder)
-        return Answer(failure=Failure(message=error.message, hint=error.hint))
+        return Answer(failure=Failure(message=error.message, hint=error.hint, expected=True))
     except (Exception, SystemExit) as error:  # a pass may be a stranger's: what it raises fails its stage
         _log(folder)
         return Answer(failure=_unexpected(error, request))
