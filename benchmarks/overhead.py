@@ -1,4 +1,5 @@
-"""What the framework itself costs: the time of the commands that do no heavy work, and of the main job from nothing.
+"""What the framework itself costs: the time of the commands that do no heavy work, with and without plugins installed,
+and of the main job from nothing.
 
     python benchmarks/overhead.py                 # the light commands
     python benchmarks/overhead.py --cold          # the main job, too: an empty store, then the same run again
@@ -30,6 +31,9 @@ LIGHT = {
     f"pipeline plan {RECIPE}": (["plan", RECIPE], 0.6),
     f"pipeline run {RECIPE} --no-measure (all cached)": (["run", RECIPE, "--no-measure"], 1.5),
 }
+PLUGINS, PLUGINS_LIMIT_S = 200, 0.05
+"""Installed packages with a pass each, and what they may add to `pipeline --help`."""
+
 COLD_LIMIT_S = 240.0
 COLD_LIMIT_BYTES = 3e9
 """Anonymous and shared memory of all processes of the main job together, at its highest."""
@@ -70,6 +74,28 @@ def seconds_and_bytes(arguments: list[str], environment: dict[str, str], folder:
     return took, memory.peak_memory_bytes
 
 
+def added_by_plugins(environment: dict[str, str], work: Path, runs: int) -> dict[str, list[float]]:
+    """Seconds by which installed plugins make commands slower: the difference of each of `runs` pairs of processes.
+
+    Which of a pair comes first takes turns.
+    """
+    folder = work / "plugins"
+    for number in range(PLUGINS):
+        info = folder / f"plugin_{number}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: plugin_{number}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[pipeline.passes]\npass_{number} = no_module_{number}:Pass\n")
+    with_them = {**environment, "PYTHONPATH": str(folder)}
+    added: dict[str, list[float]] = {"--help": [], "plan": []}
+    for command, arguments in (("--help", ["--help"]), ("plan", ["plan", RECIPE])):
+        for number in range(runs + 1):
+            order = [environment, with_them] if number % 2 else [with_them, environment]
+            took = {id(given): seconds(arguments, given, work) for given in order}
+            if number:  # the first round only warms the file cache
+                added[command].append(took[id(with_them)] - took[id(environment)])
+    return added
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="rounds of the light commands")
@@ -107,6 +133,9 @@ def main() -> int:
                     samples[name].append(took)
         for name, (_, limit) in LIGHT.items():
             row(name, samples[name], limit)
+        added = added_by_plugins(environment, work, options.runs)
+        row(f"{PLUGINS} plugins add to pipeline --help", added["--help"], PLUGINS_LIMIT_S)
+        row(f"{PLUGINS} plugins add to pipeline plan", added["plan"], None)
     finally:
         shutil.rmtree(work)
     Console(width=100).print(table)

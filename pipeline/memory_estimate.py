@@ -161,8 +161,8 @@ def size_of_artifact(artifact: Artifact) -> ModelSize:
         format=artifact.format,
         dtype=cache.dtype if cache else dtype,
         decoder=decoder_of(artifact.read_json("config.json")),
-        logits_to_keep=artifact.format == "torch" or manifest.interface.logits_to_keep is not None,
-        has_cache=artifact.format == "torch" or cache is not None,
+        logits_to_keep=artifact.format != "onnx" or manifest.interface.logits_to_keep is not None,
+        has_cache=artifact.format != "onnx" or cache is not None,
         cache_in_place=cache is not None and cache.in_place,
     )
     tensors = {name: ref for part in manifest.components.values() for name, ref in part.tensors.items()}

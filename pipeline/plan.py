@@ -46,7 +46,16 @@ DEVICE_MEMORY = "device_peak_memory_bytes"
 
 Status = Literal["cached", "will run", "may hit", "cannot run"]
 
-FACETS = ("seed", "calibration_text", "profile.*", "host.cpu", "host.gpu", "host.cores", "host.instruction_sets")
+FACETS = (
+    "seed",
+    "calibration_text",
+    "profile.*",
+    "host.cpu",
+    "host.gpu",
+    "host.cores",
+    "host.instruction_sets",
+    "threads",
+)
 """Context facets that a pass may declare in `depends_on`."""
 
 
@@ -158,7 +167,6 @@ def make_plan(
         planned[stage.name] = _plan_stage(
             stage, recipe, planned, store=store, registry=registry, profile=profile, host=host
         )
-    cores = [host.physical_cores] if profile.physical_cores is None else [host.physical_cores, profile.physical_cores]
     sizes, predicted, writes, doubts = _predictions(
         planned, recipe, source, store=store, registry=registry, profile=profile
     )
@@ -172,7 +180,7 @@ def make_plan(
         stages=tuple(stages_with_memory),
         hardware=profile,
         host=host,
-        threads=recipe.evaluate.threads or min(cores),
+        threads=threads_of(recipe, profile, host),
         notes=(
             *_model_notes(source),
             *_settings_notes(recipe, source, host),
@@ -661,6 +669,11 @@ def _other_gpus(profile: HardwareProfile, host: Host) -> list[Gpu]:
     return [gpu for gpu in host.gpus[:1] if gpu.name != profile.model]
 
 
+def threads_of(recipe: Recipe, profile: HardwareProfile, host: Host) -> int:
+    """What the recipe says, else the lesser of the profile's and the host's cores."""
+    return recipe.evaluate.threads or min(host.physical_cores, profile.physical_cores or host.physical_cores)
+
+
 def facet_value(name: str, recipe: Recipe, profile: HardwareProfile, host: Host) -> Any:
     """The value of a declared context facet.
 
@@ -668,6 +681,8 @@ def facet_value(name: str, recipe: Recipe, profile: HardwareProfile, host: Host)
     """
     if name == "seed":
         return recipe.seed
+    if name == "threads":
+        return threads_of(recipe, profile, host)
     if name == "calibration_text":
         return calibration_text().read_text(encoding="utf-8")
     room, _, field = name.partition(".")

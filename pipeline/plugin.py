@@ -358,10 +358,14 @@ def _checked(found: object, name: str, what: str, origin: str) -> type[Pass]:
     return found
 
 
+class ParametersError(PipelineError):
+    """Parameters of a pass that JSON cannot hold."""
+
+
 def params_as_json(params: PassParams, found: type[Pass]) -> dict[str, Any]:
     """The parameters as JSON, as which they go to the worker and enter the key.
 
-    Raises: PipelineError where one of them cannot be put into JSON and back.
+    Raises: ParametersError where one of them cannot be put into JSON and back.
     """
     try:
         values = params.model_dump(mode="json")
@@ -372,7 +376,7 @@ def params_as_json(params: PassParams, found: type[Pass]) -> dict[str, Any]:
         guilty = next((name for name, value in params if not _in_json(found, name, value)), None)
         which = f"its parameter {guilty!r}" if guilty else "its parameters"
         reason = str(error).partition("\n")[0]
-        raise PipelineError(
+        raise ParametersError(
             f"the pass {found.name!r}: {which} cannot be put into JSON and read back: {reason}",
             hint="parameters enter the stage key and go to another process; use numbers, texts, paths, lists, mappings "
             "and models of these",

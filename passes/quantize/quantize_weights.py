@@ -137,7 +137,7 @@ class QuantizeWeights(Pass):
             return self
 
         def facets(self) -> tuple[str, ...]:
-            return ("calibration_text", "seed") if self.method == "gptq" else ()
+            return ("calibration_text", "seed", "threads") if self.method == "gptq" else ()
 
         def is_symmetric(self) -> bool:
             """`symmetric`, or the method's default."""

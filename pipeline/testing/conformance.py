@@ -19,7 +19,7 @@ from pipeline.files import sha256_of
 from pipeline.measure.effect import ComparisonError, Origin, compare_artifacts, with_rules
 from pipeline.measure.process import StartWorker
 from pipeline.plan import Plan, PlannedStage, facet_value
-from pipeline.plugin import Example, Pass, Registry
+from pipeline.plugin import Example, ParametersError, Pass, Registry
 from pipeline.store import Store
 from pipeline.testing import watch
 from pipeline.testing.agreement import ROUNDING, Agreement, score
@@ -296,7 +296,7 @@ class _Trial:
             plan = self.plan
         except RecipeError:
             raise
-        except (TypeError, ValueError) as error:  # parameters without JSON; the next check says so
+        except (TypeError, ValueError, ParametersError) as error:  # parameters without JSON; the next check says so
             self._plan_error = error
         except Exception as error:
             return _failed("declarations", f"the plan cannot be made: {_sentence(error)}")
@@ -340,7 +340,10 @@ class _Trial:
         def key(params: Mapping[str, Any]) -> str:
             text = json.dumps(params, sort_keys=True)
             if text not in keys:
-                keys[text] = self.workspace.plan(self.entries(params)).stages[-1].own
+                try:
+                    keys[text] = self.workspace.plan(self.entries(params)).stages[-1].own
+                except ParametersError:  # its JSON lacks a field, so that the key would
+                    keys[text] = self.stage.own
             return keys[text]
 
         untried = [name for name, variation in found.items() if variation is None]

@@ -54,8 +54,8 @@ def test_a_full_disk_says_nothing_of_the_pass(check: Check, monkeypatch: pytest.
     ("name", "broken", "told"),
     [
         ("returns_nothing", "run", "returned NoneType where it promises 'torch'"),
-        ("exotic", "declarations", "it produces 'abacus', which no installed runner loads and no other pass takes"),
-        ("picky", "declarations", "it accepts papyrus, which no installed pass yields"),
+        ("exotic", "declarations", "declares the unknown format 'abacus'"),
+        ("picky", "declarations", "declares the unknown format 'papyrus'"),
         ("moonstruck", "declarations", "there is no context facet 'moon.phase'"),
         ("opaque", "parameters", "they cannot be put into JSON"),
         ("hidden", "key", "the parameter 'text' does not enter it"),
