@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline"
 
 FLOORS = [
-    ["pipeline", "errors", "artifact", "files", "parent", "onnx_wire", "hardware"],
+    ["pipeline", "errors", "artifact", "files", "parent", "onnx_wire", "hardware", "installed"],
     ["report.schema", "report.figures", "report.verdicts", "report.gates"],
     ["store", "plugin", "stored_tensor", "onnx_model", "models", "runtime", "memory_estimate"],
-    ["recipe", "measure", "passes_catalogue", "starter"],
+    ["recipe", "measure", "passes_catalogue", "further_passes", "starter", "import_olive"],
     ["plan"],
     ["execute", "resolve", "why"],
     ["events", "evaluate", "divergences", "remembered"],
