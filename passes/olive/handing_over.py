@@ -43,7 +43,7 @@ CHUNK_BYTES = 1 << 22
 
 
 @contextmanager
-def handler_of(artifact: Artifact, folder: Path) -> Iterator[Any]:
+def handler_of(artifact: Artifact, folder: Path, *, task: str) -> Iterator[Any]:
     """The artifact as Olive's handler. A graph is copied below `folder`; of a checkpoint there are links.
 
     Raises: PipelineError where the artifact is more than a checkpoint or one graph.
@@ -56,7 +56,7 @@ def handler_of(artifact: Artifact, folder: Path) -> Iterator[Any]:
         trusted = bool(artifact.manifest.execution.get("trust_remote_code", False))
         with checkpoint_folder(artifact) as checkpoint:
             yield HfModelHandler(
-                model_path=str(checkpoint), load_kwargs={"trust_remote_code": True} if trusted else None
+                model_path=str(checkpoint), task=task, load_kwargs={"trust_remote_code": True} if trusted else None
             )
         return
     _ = artifact.component  # of several, it says so

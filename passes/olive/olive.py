@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -19,10 +19,12 @@ from passes.olive.parameters import DATA, check_parameters, parameters_of
 from pipeline import (
     Artifact,
     Field,
+    ModelSize,
     Pass,
     PassContext,
     PassParams,
     PipelineError,
+    Prediction,
     Requires,
     did_you_mean,
 )
@@ -36,7 +38,16 @@ OFFLINE = {
 }
 """Read when the libraries are imported."""
 
-OWN = ("type", "calibration_samples", "calibration_length")
+OWN = ("type", "task", "calibration_samples", "calibration_length")
+WITHOUT_PAST = "text-generation"
+HINTS = {
+    "OnnxConversion": "with transformers 5, Olive 0.13 exports with `use_dynamo_exporter: true` and "
+    "`task: text-generation`, which is a graph without a cache; export_onnx makes one with a cache",
+    "OnnxDynamicQuantization": "ONNX Runtime's quantizer takes the operator Attention for another of that name: "
+    "`op_types_to_quantize: [MatMul]` leaves it out",
+}
+"""What helps where a pass fails, as found by running it."""
+
 SEED = "seed"
 EXTERNAL = "save_as_external_data"
 """Ours to set where the recipe does not: by default some passes of Olive write graphs that name weights which they do
@@ -61,6 +72,10 @@ class OlivePass(Pass):
         model_config = ConfigDict(extra="allow")
 
         type: str = Field(description="the name of Olive's pass", examples=["OnnxPeepholeOptimizer"])
+        task: Literal["text-generation-with-past", "text-generation"] = Field(
+            "text-generation-with-past",
+            description="what Olive takes a torch model for: text-generation has no key-value cache",
+        )
         calibration_samples: int = Field(32, ge=1, description="pieces of the calibration text, where it calibrates")
         calibration_length: int = Field(512, ge=2, description="tokens of each")
 
@@ -73,10 +88,18 @@ class OlivePass(Pass):
             if (why := types[self.type].unfit) is not None:
                 raise _wrong("type", f"Olive's {self.type} cannot be a stage: it {why.removeprefix('it ')}", self.type)
             check_parameters(self.type, self.given, own=OWN)
-            for name in ("calibration_samples", "calibration_length"):
-                if name in self.model_fields_set and self.data_parameter is None and parameters_of(self.type):
-                    raise _wrong(name, f"Olive's {self.type} does not calibrate", getattr(self, name))
+            if self.data_parameter is None and parameters_of(self.type):
+                self._refuse(("calibration_samples", "calibration_length"), "does not calibrate")
+            if self.olive_type.takes != "torch":
+                self._refuse(("task",), "takes a graph, and this is for passes that take a torch model")
             return self
+
+        def _refuse(self, names: tuple[str, ...], why: str) -> None:
+            """Refuse those of the parameters that are not at their defaults."""
+            for name in names:
+                value = getattr(self, name)
+                if value != OlivePass.Params.model_fields[name].default:
+                    raise _wrong(name, f"Olive's {self.type} {why}", value)
 
         @property
         def olive_type(self) -> OliveType:
@@ -111,6 +134,12 @@ class OlivePass(Pass):
                 return ("calibration_text", "profile.device", SEED)
             return ("profile.device", SEED) if self.takes_our_seed else ("profile.device",)
 
+    @classmethod
+    def predict(cls, params: Params, model: ModelSize) -> Prediction:
+        """The format; what becomes of the weights is not foreseen."""
+        cache = model.has_cache and not (params.task == WITHOUT_PAST and params.produces() == "onnx")
+        return Prediction(model=model.model_copy(update={"format": params.produces(), "has_cache": cache}))
+
     def run(self, artifact: Artifact, params: Params, context: PassContext) -> Artifact:
         """Hand the model to Olive, run the pass, take over what it wrote, and try that out.
 
@@ -124,7 +153,7 @@ class OlivePass(Pass):
         with context.output.scratch() as folder, _confined_to(folder), _warnings_of_olive() as warnings:
             context.progress(0.02, "importing Olive")
             runner = self._created(artifact, params, context, warnings)
-            with handler_of(artifact, folder) as handler:
+            with handler_of(artifact, folder, task=params.task) as handler:
                 given = Path(str(handler.model_path))
                 context.progress(0.15, params.type)
                 try:
@@ -134,7 +163,7 @@ class OlivePass(Pass):
                 except Exception as error:  # whatever a pass of Olive raises is its failure, and ours
                     raise PipelineError(
                         f"Olive's {params.type} failed: {type(error).__name__}: {_shortened(error)}",
-                        hint=_last(warnings),
+                        hint=HINTS.get(params.type) or _last(warnings),
                     ) from error
                 if made is None or Path(str(made.model_path)) == given:
                     raise PipelineError(f"Olive's {params.type} gave the model back untouched", hint=_last(warnings))
@@ -152,7 +181,10 @@ class OlivePass(Pass):
                 from passes.olive.quantizer import register
 
                 register()
-            try_out(result, path, context)
+            try:
+                try_out(result, path, context)
+            except PipelineError as error:
+                raise PipelineError(error.message, hint=error.hint or HINTS.get(params.type)) from error
         return result
 
     @staticmethod
