@@ -104,10 +104,14 @@ def _graph(path: Path, additional: Mapping[str, Path], artifact: Artifact, conte
     import onnx_ir as ir
 
     model = ir.load(path)
-    _take_in_small(model)
-    same = 0
     if artifact.format == "onnx":
-        same = _refer_to_unchanged(model, artifact)
+        before = load_onnx(artifact)
+        if renamed := _name_outputs_as_before(model, before):
+            context.logger.info("Olive renamed outputs; they have their names again: %s", ", ".join(renamed))
+            ir.save(model, path)  # tried out as it is kept
+    _take_in_small(model)
+    if artifact.format == "onnx":
+        same = _refer_to_unchanged(model, before)
         context.logger.info("%d weights are those of the graph before", same)
     files = {**artifact.manifest.files, **_written(additional, artifact, context)}
     made = save_onnx(
@@ -141,9 +145,29 @@ def _take_in_small(model: ir.Model) -> None:
                     node.attributes[name] = ir.AttrTensor(name, taken_in(attribute.value))
 
 
-def _refer_to_unchanged(model: ir.Model, artifact: Artifact) -> int:
+def _name_outputs_as_before(model: ir.Model, before: ir.Model) -> list[str]:
+    """Give outputs their names again where as many stand in their places under new ones; which ones.
+
+    Some of Olive's quantizers rename what a product yields, even where it is the graph's output.
+    """
+    old, new = [str(v.name) for v in before.graph.outputs], [str(v.name) for v in model.graph.outputs]
+    if (
+        len(old) != len(new)
+        or old == new
+        or set(old) & set(new) != {o for o, n in zip(old, new, strict=True) if o == n}
+    ):
+        return []
+    renamed = []
+    for name, value in zip(old, model.graph.outputs, strict=True):
+        if value.name != name:
+            value.name = name
+            renamed.append(name)
+    return renamed
+
+
+def _refer_to_unchanged(model: ir.Model, old: ir.Model) -> int:
     """Have weights that Olive left as they were refer to the bytes that are stored already; how many there are."""
-    before = load_onnx(artifact).graph.initializers
+    before = old.graph.initializers
     count = 0
     for name, value in model.graph.initializers.items():
         known = before[name].const_value if name in before else None
