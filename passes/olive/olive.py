@@ -38,7 +38,7 @@ OFFLINE = {
 }
 """Read when the libraries are imported."""
 
-OWN = ("type", "task", "calibration_samples", "calibration_length")
+CALIBRATION = ("calibration_samples", "calibration_length")
 WITHOUT_PAST = "text-generation"
 HINTS = {
     "OnnxConversion": "with transformers 5, Olive 0.13 exports with `use_dynamo_exporter: true` and "
@@ -87,10 +87,12 @@ class OlivePass(Pass):
                 raise _wrong("type", f"Olive has no pass {self.type!r}; {hint}", self.type)
             if (why := types[self.type].unfit) is not None:
                 raise _wrong("type", f"Olive's {self.type} cannot be a stage: it {why.removeprefix('it ')}", self.type)
-            check_parameters(self.type, self.given, own=OWN)
-            if self.data_parameter is None and parameters_of(self.type):
-                self._refuse(("calibration_samples", "calibration_length"), "does not calibrate")
-            if self.olive_type.takes != "torch":
+            calibrates, takes_torch = self.data_parameter is not None, self.olive_type.takes == "torch"
+            own = [*(CALIBRATION if calibrates else ()), *(("task",) if takes_torch else ())]
+            check_parameters(self.type, self.given, own=own)
+            if not calibrates and parameters_of(self.type):
+                self._refuse(CALIBRATION, "does not calibrate")
+            if not takes_torch:
                 self._refuse(("task",), "takes a graph, and this is for passes that take a torch model")
             return self
 

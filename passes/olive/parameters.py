@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache, reduce
 from operator import or_
 from pathlib import Path
@@ -80,8 +81,8 @@ def ask_olive(*types: str) -> dict[str, Any]:
     return answer
 
 
-def check_parameters(name: str, given: dict[str, Any], *, own: tuple[str, ...]) -> None:
-    """Check what an entry gives to the Olive pass `name`. `own` are keys of the entry that are not Olive's.
+def check_parameters(name: str, given: dict[str, Any], *, own: Sequence[str]) -> None:
+    """Check what an entry gives to the Olive pass `name`. `own` are further keys that the entry could have.
 
     Raises: pydantic's ValidationError, with a place for every key that is wrong.
     """
@@ -90,6 +91,11 @@ def check_parameters(name: str, given: dict[str, Any], *, own: tuple[str, ...]) 
         return
     errors = [_refusal(key, why, given[key]) for key, why in REFUSED.items() if key in given]
     errors += [_refusal(key, "the pass reads the calibration text instead", given[key]) for key in DATA if key in given]
+    errors += [
+        _refusal(key, "a file that it names would not be part of the stage's key", given[key])
+        for key in given
+        if key not in REFUSED and described.get(key, {}).get("category") == "path"
+    ]
     known = [key for key in described if key not in REFUSED and key not in DATA]
     errors += [
         InitErrorDetails(
