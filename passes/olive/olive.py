@@ -64,7 +64,7 @@ class OlivePass(Pass):
     """
 
     name, version = "olive", 1
-    accepts, produces = frozenset({"torch", "onnx"}), "torch or onnx, as the type says"
+    accepts, produces = frozenset({"torch", "onnx"}), "onnx or torch"
     libraries = ("olive-ai", "onnx", "onnx-ir", "onnxoptimizer", "onnxruntime", "onnxscript", "torch", "transformers")
     depends_on = ("profile.device",)
 
