@@ -20,6 +20,7 @@ from pipeline.errors import HostError, PipelineError, RecipeError, did_you_mean
 from pipeline.file_pass import CodeFile
 from pipeline.hardware import HardwareProfile, Host
 from pipeline.hardware.host import Gpu
+from pipeline.installed import missing_packages
 from pipeline.memory_estimate import (
     Load,
     ModelSize,
@@ -470,6 +471,9 @@ def _lacking(found: type[Pass], params: PassParams, host: Host) -> str:
         return f"the pass {found.name!r} needs {', '.join(missing)}, which this CPU lacks"
     if missing := [p for p in requires.programs if not any(map(shutil.which, p.split("|")))]:
         return f"the pass {found.name!r} needs the program {' and '.join(missing).replace('|', ' or ')}; install it"
+    if missing := missing_packages(requires.packages):
+        wanted = " ".join(f'"{p}"' for p in missing)
+        return f"the pass {found.name!r} needs {', '.join(missing)}, which is not installed; pip install {wanted}"
     return ""
 
 

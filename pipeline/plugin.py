@@ -42,6 +42,7 @@ class Requires(Frozen):
     providers: tuple[str, ...] = Field((), description="ONNX Runtime execution providers")
     instruction_sets: tuple[str, ...] = ()
     programs: tuple[str, ...] = Field((), description="on the PATH; alternatives parted by |, e.g. g++|clang++")
+    packages: tuple[str, ...] = Field((), description="of Python, as pip takes them, e.g. optimum>=2")
 
 
 class StageRef(NamedTuple):

@@ -14,9 +14,10 @@ PACKAGE = ROOT / "pipeline"
 
 FLOORS = [
     ["pipeline", "errors", "artifact", "files", "parent", "onnx_wire", "file_pass", "code_digest", "hardware"],
+    ["installed"],
     ["report.schema", "report.figures", "report.verdicts", "report.gates"],
     ["store", "plugin", "stored_tensor", "onnx_model", "models", "runtime", "memory_estimate"],
-    ["recipe", "measure", "passes_catalogue", "starter", "new_pass"],
+    ["recipe", "measure", "passes_catalogue", "further_passes", "starter", "new_pass", "import_olive"],
     ["plan"],
     ["execute", "resolve", "why"],
     ["events", "evaluate", "divergences", "remembered"],

@@ -217,6 +217,8 @@ def needs_in_words(needs: Requires) -> str:
         words.append(f"the instruction sets {', '.join(needs.instruction_sets)}")
     if needs.programs:
         words.append("the program " + " and ".join(p.replace("|", " or ") for p in needs.programs))
+    if needs.packages:
+        words.append(f"the package {' and '.join(needs.packages)}")
     return " and ".join(words)
 
 

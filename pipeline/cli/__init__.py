@@ -7,7 +7,21 @@ import traceback
 
 import typer
 
-from pipeline.cli import cache, compare, diff, hardware, init, passes, plan, report, reproduce, run, schema, why
+from pipeline.cli import (
+    cache,
+    compare,
+    diff,
+    hardware,
+    import_olive,
+    init,
+    passes,
+    plan,
+    report,
+    reproduce,
+    run,
+    schema,
+    why,
+)
 from pipeline.cli.output import fail
 from pipeline.cli.verb import Verbs
 
@@ -25,6 +39,7 @@ app = Verbs(
 )
 app.command("run")(run.run_verb)
 app.command("init")(init.init_verb)
+app.command("import-olive")(import_olive.import_olive_verb)
 app.command("plan")(plan.plan_verb)
 app.command("why")(why.why_verb)
 app.command("report")(report.report_verb)

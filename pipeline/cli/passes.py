@@ -23,12 +23,47 @@ app = Verbs(help="The passes that are installed, and new ones.", invoke_without_
 def passes_verb(context: typer.Context, json: JsonOption = False) -> None:
     """The passes that are installed, and new ones. Without a command: list them."""
     if context.invoked_subcommand is None:
-        list_verb(json=json)
+        list_passes(json)
 
 
 @app.command("list")
-def list_verb(json: JsonOption = False) -> None:
-    """List the passes that are installed; those that cannot be used, with the reason."""
+def list_verb(
+    olive: Annotated[
+        bool, typer.Option("--olive", help="The passes of Microsoft's Olive, which `olive` runs.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """List the passes that are installed, those that cannot be used with the reason; or those of Olive."""
+    if olive:
+        list_further_passes("olive", json)
+    else:
+        list_passes(json)
+
+
+def list_further_passes(catalogue: str, json: bool) -> None:
+    """Print the passes of another project."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.cli.output import console, print_json
+    from pipeline.further_passes import further_passes
+
+    found = further_passes(catalogue)
+    if json:
+        print_json([entry.model_dump(mode="json") for entry in found])
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in ("type", "takes", "yields", "here", "what it needs"):
+        table.add_column(column, overflow="fold")
+    for entry in found:
+        table.add_row(entry.name, entry.takes, entry.yields, "yes" if entry.runs_here else "no", escape(entry.needs))
+    console().print(table)
+    console().print(f"{sum(entry.runs_here for entry in found)} of {len(found)} can run here")
+
+
+def list_passes(json: bool) -> None:
+    """Print the installed passes."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table

@@ -60,7 +60,7 @@ def _put_passes(schema: dict[str, Any], registry: Registry) -> None:
             "description": found.summary(),
             "properties": {**common, "pass": {"const": name}, **params.get("properties", {})},
             "required": ["pass", *params.get("required", ())],
-            "additionalProperties": False,
+            "additionalProperties": params.get("additionalProperties", False),
         }
         variants.append({"$ref": f"#/$defs/pass.{name}"})
     definitions["file_pass"] = {

@@ -124,7 +124,11 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    pass_: str = Field(alias="pass", description="name of a registered pass; see `pipeline passes`")
+    pass_: str = Field(
+        alias="pass",
+        description="name of a registered pass, see `pipeline passes`; or ./FILE.py:CLASS, a pass in a file in the "
+        "recipe's folder or below it, which runs with --allow-code",
+    )
     name: str | None = Field(None, pattern=NAME, description="the stage's name; default: the pass's")
     after: str | None = Field(None, description="the stage whose artifact it takes; default: the entry before")
     inputs: dict[str, str] = Field(default_factory=dict, description="further stages that the pass reads, by role")

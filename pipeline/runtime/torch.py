@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,6 +31,9 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 LEAST_SHARE = 0.9
 """Of the parameters that a config describes, what the weights must hold; the rest is left to the check by name."""
+
+QUANTIZERS = "pipeline.quantizers"
+"""Entry points by `quant_method` of a config.json: functions that register a method with transformers."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -134,6 +137,7 @@ class TorchRunner:
         import torch
         from transformers import AutoModelForCausalLM
 
+        prepare_quantizer(artifact)
         with checkpoint_folder(artifact) as folder, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(_config(folder, artifact), trust_remote_code=trusts_code(artifact))
         model.tie_weights()
@@ -146,7 +150,7 @@ class TorchRunner:
                 )
         described = sum(parameter.numel() for parameter in model.parameters())  # tied ones count once
         held = sum(prod(t.shape) for t in tensors.values())
-        if held < described * LEAST_SHARE:
+        if held < described * LEAST_SHARE and quantization_method(artifact) is None:  # packed weights are fewer
             raise PipelineError(f"config.json describes {described:,} parameters and the weights hold {held:,}")
         if Execution.of(artifact).compilation is not None:
             compile_cache.prepare_toolchain(compile_cache.compile_cache_root(artifact))
@@ -351,6 +355,7 @@ def _load(artifact: Artifact) -> Any:
     dtype = artifact.manifest.execution.get("dtype", "auto")
     if dtype not in DTYPES:
         raise PipelineError(f"unknown dtype {dtype!r}; the torch runner knows {', '.join(DTYPES)}")
+    prepare_quantizer(artifact)
     with checkpoint_folder(artifact) as folder:
         try:
             model, notes = AutoModelForCausalLM.from_pretrained(
@@ -369,6 +374,19 @@ def _load(artifact: Artifact) -> Any:
         raise PipelineError(f"the checkpoint lacks {len(missing)} of the model's tensors: {shown}")
     apply_transforms(model.eval(), artifact)
     return model
+
+
+def quantization_method(artifact: Artifact) -> str | None:
+    """How config.json says that the weights are quantized; None where they are not."""
+    settings = artifact.read_json("config.json").get("quantization_config")
+    return str(settings.get("quant_method")) if isinstance(settings, dict) else None
+
+
+def prepare_quantizer(artifact: Artifact) -> None:
+    """Have the package that knows how the weights are quantized, if one says so, tell transformers of it."""
+    method = quantization_method(artifact)
+    for point in entry_points(group=QUANTIZERS, name=method) if method is not None else ():
+        point.load()()
 
 
 def trusts_code(artifact: Artifact) -> bool:
