@@ -34,11 +34,12 @@ from pipeline.memory_estimate import (
 from pipeline.models import Source, source_artifact
 from pipeline.models.architecture import library_versions
 from pipeline.models.source import calibration_text, reading_digest
-from pipeline.plugin import Pass, PassParams, Registry, StageRef, UnreadPass, params_as_json
+from pipeline.plugin import Pass, PassParams, Registry, StageRef, UnreadPass, params_as_json, unknown_format
 from pipeline.recipe import Recipe, Stage, validate
 from pipeline.recipe.parameters import pass_of
 from pipeline.recipe.schema import SOURCE
 from pipeline.report.schema import PredictedMemory
+from pipeline.runtime.protocol import known_formats
 from pipeline.store import Store
 from pipeline.store.room import too_little_room
 
@@ -337,6 +338,8 @@ def _plan_stage(
     found, code = pass_of(stage, recipe, registry)
     params = _absolute_paths(validate(found.Params, stage.params, recipe.positions, where), recipe, where)
     accepts, produces = found.formats(params)
+    if unknown := sorted({*accepts, produces} - known_formats()):
+        raise unknown_format(found.name, found.__module__, unknown)
     parent = planned[stage.parent]
     try:
         read = {role: StageRef(name, planned[name].produces) for role, name in stage.inputs.items()}

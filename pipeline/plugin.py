@@ -347,16 +347,24 @@ def _checked(found: object, name: str, what: str, origin: str) -> type[Pass]:
             f"the pass {name!r} of {origin} accepts a text, {found.accepts!r}, where a set of formats is expected",
             hint=f"write accepts = {{{found.accepts!r}}}",
         )
-    if unknown := sorted({*found.accepts, found.produces} - known_formats()):
-        raise PipelineError(
-            f"the pass {name!r} of {origin} declares the unknown format {' and '.join(map(repr, unknown))}",
-            hint=did_you_mean(unknown[0], known_formats(), noun="formats, for which there is a runner"),
-        )
     if not (isinstance(found.Params, type) and issubclass(found.Params, PassParams)):
         raise PipelineError(f"the Params of the pass {name!r} of {origin} are not a subclass of pipeline.PassParams")
+    said = set() if callable(getattr(found.Params, "accepts", None)) else set(found.accepts)
+    said |= set() if callable(getattr(found.Params, "produces", None)) else {found.produces}
+    if unknown := sorted(said - known_formats()):  # where they depend on parameters, these tell
+        raise unknown_format(name, origin, unknown)
     if clash := RESERVED & set(found.Params.model_fields):
         raise PipelineError(f"the pass {name!r} has parameters with reserved names: {', '.join(sorted(clash))}")
     return found
+
+
+def unknown_format(name: str, origin: str, unknown: Iterable[str]) -> PipelineError:
+    """What to raise of a pass that takes or yields formats that no installed runner loads."""
+    formats = list(unknown)
+    return PipelineError(
+        f"the pass {name!r} of {origin} declares the unknown format {' and '.join(map(repr, formats))}",
+        hint=did_you_mean(formats[0], known_formats(), noun="formats, for which there is a runner"),
+    )
 
 
 class ParametersError(PipelineError):
