@@ -18,6 +18,7 @@ from passes.olive.catalogue import OliveType, olive_types
 from passes.olive.parameters import DATA, check_parameters, parameters_of
 from pipeline import (
     Artifact,
+    Example,
     Field,
     ModelSize,
     Pass,
@@ -67,6 +68,7 @@ class OlivePass(Pass):
     accepts, produces = frozenset({"torch", "onnx"}), "onnx or torch"
     libraries = ("olive-ai", "onnx", "onnx-ir", "onnxoptimizer", "onnxruntime", "onnxscript", "torch", "transformers")
     depends_on = ("profile.device",)
+    examples = (Example(params={"type": "OnnxPeepholeOptimizer"}),)
 
     class Params(PassParams):
         model_config = ConfigDict(extra="allow")
