@@ -39,7 +39,8 @@ def page(reports: list[Report]) -> str:
 
 def section(report: Report) -> Iterator[str]:
     host, memory = report.host, figures.megabytes(report.host.get("memory_bytes"))
-    yield f"## {plain(report.recipe)}\n"
+    only = "" if report.baseline == "source" else f": {plain(report.baseline)} and what is compared with it"
+    yield f"## {plain(report.recipe)}{only}\n"
     made_s = sum(stage.cost.wall_s or 0 for stage in report.stages)
     yield (
         f"{plain(report.description)}. Run on {report.created[:10]}, "
