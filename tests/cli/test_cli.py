@@ -173,7 +173,11 @@ def test_a_gate_over_what_was_not_measured_is_not_evaluated(cli: Cli, recipe: Pa
 
 
 @pytest.mark.slow
-def test_a_model_that_no_runner_can_load_is_unmeasured_and_ends_with_3(cli: Cli, recipe: Path) -> None:
+@pytest.mark.usefixtures("measured_briefly")
+def test_a_model_that_no_runner_can_load_is_unmeasured_and_ends_with_3(
+    cli: Cli, recipe: Path, store: Store, probed_store: Callable[[Path], Store]
+) -> None:
+    probed_store(store.root)
     code, out, _ = cli("run", recipe, "--set", "evaluate.budget_s=1")
     assert code == 3
     assert "unmeasured" in out

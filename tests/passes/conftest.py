@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,24 @@ class Bench:
         self.written[made.digest] = [path.name for path in (staging / "blobs").iterdir()]
         return self.store.publish(staging, made.manifest)
 
+    def adopt(self, folder: Path) -> Artifact:
+        """The artifact that another bench's `leave` left in a folder, in this one's store."""
+        left = json.loads((folder / "left.json").read_text())
+        found = Store(folder / "store").artifact(left["digest"])
+        assert found is not None
+        staging = self.new_folder("adopted")
+        (staging / "blobs").mkdir()
+        for _, entry in found.manifest.entries():
+            if entry.path is None:
+                shutil.copyfile(found.locate(entry), staging / "blobs" / entry.digest)
+        self.written[found.digest] = left["written"]
+        return self.store.publish(staging, found.manifest)
+
+    def leave(self, artifact: Artifact) -> None:
+        """Say in this bench's folder which artifact it is there for."""
+        left = {"digest": artifact.digest, "written": self.written[artifact.digest]}
+        (self.folder / "left.json").write_text(json.dumps(left))
+
     def session(self, artifact: Artifact) -> Any:
         """A plain ONNX Runtime session of the artifact's ordinary copy."""
         import onnxruntime
@@ -109,24 +129,46 @@ def exported(bench: Bench, config: Any, dtype: str = "float32") -> Artifact:
     return bench.run(ExportOnnx, bench.source(folder), verify=False)
 
 
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+Once = Callable[[str, Callable[[Bench], Artifact]], Artifact]
+
+
 @pytest.fixture(scope="session")
-def reading_llama(bench: Bench) -> Artifact:
+def once(bench: Bench, make_once: MakeOnce) -> Once:
+    """An artifact that is made once for all test processes, on a bench of its own; each has it in its own store."""
+
+    def made(name: str, make: Callable[[Bench], Artifact]) -> Artifact:
+        def leave(folder: Path) -> None:
+            own = Bench(folder)
+            own.leave(make(own))
+
+        return bench.adopt(make_once(name, leave))
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def reading_llama(once: Once) -> Artifact:
     """A Llama in bfloat16 with a head and a tokenizer of its own, two query heads for each key-value head, as ONNX."""
     from transformers import LlamaConfig
 
-    return exported(bench, LlamaConfig(**SIZES), "bfloat16")
+    return once("reading-llama", lambda bench: exported(bench, LlamaConfig(**SIZES), "bfloat16"))
 
 
 @pytest.fixture(scope="session", params=["llama_mha", "llama_tied", "qwen2"])
-def family(bench: Bench, request: pytest.FixtureRequest) -> Artifact:
+def family(once: Once, request: pytest.FixtureRequest) -> Artifact:
     """Families that differ in what lies around their products: many heads, a shared table, biases. As ONNX."""
-    from transformers import LlamaConfig, Qwen2Config
 
-    if request.param == "llama_mha":
-        return exported(bench, LlamaConfig(**SIZES | {"num_key_value_heads": 4}))
-    if request.param == "llama_tied":
-        return exported(bench, LlamaConfig(**SIZES, tie_word_embeddings=True))
-    return exported(bench, Qwen2Config(**SIZES, tie_word_embeddings=True), "bfloat16")
+    def make(bench: Bench) -> Artifact:
+        from transformers import LlamaConfig, Qwen2Config
+
+        if request.param == "llama_mha":
+            return exported(bench, LlamaConfig(**SIZES | {"num_key_value_heads": 4}))
+        if request.param == "llama_tied":
+            return exported(bench, LlamaConfig(**SIZES, tie_word_embeddings=True))
+        return exported(bench, Qwen2Config(**SIZES, tie_word_embeddings=True), "bfloat16")
+
+    return once(f"family-{request.param}", make)
 
 
 @pytest.fixture(scope="session")
@@ -135,11 +177,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(scope="session")
-def llama_folder(bench: Bench) -> Path:
+def llama_folder(make_once: MakeOnce) -> Path:
     """A Llama in bfloat16 whose head is its embedding."""
-    from transformers import LlamaConfig
 
-    return bench.checkpoint(LlamaConfig(**SIZES, tie_word_embeddings=True), "bfloat16")
+    def save(folder: Path) -> None:
+        from transformers import LlamaConfig
+
+        made = Bench(folder).checkpoint(LlamaConfig(**SIZES, tie_word_embeddings=True), "bfloat16")
+        made.rename(folder / "model")
+
+    return make_once("llama", save) / "model"
 
 
 @pytest.fixture(scope="session")
@@ -148,10 +195,10 @@ def llama(bench: Bench, llama_folder: Path) -> Artifact:
 
 
 @pytest.fixture(scope="session")
-def exported_llama(bench: Bench, llama: Artifact) -> Artifact:
+def exported_llama(once: Once, llama_folder: Path) -> Artifact:
     from passes.export.export_onnx import ExportOnnx
 
-    return bench.run(ExportOnnx, llama)
+    return once("exported-llama", lambda bench: bench.run(ExportOnnx, bench.source(llama_folder)))
 
 
 @pytest.fixture(scope="session")
