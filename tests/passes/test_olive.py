@@ -200,64 +200,64 @@ def test_what_olive_only_logs_fails_the_stage(bench: Any, graph: Artifact, sourc
         bench.run(OlivePass, source, type="Gptq", group_size=48, **CALIBRATED)
 
 
-@pytest.mark.slow
-def test_nothing_is_left_behind_and_nothing_sent(tmp_path: Path) -> None:
-    """The pass in its worker, with a home of its own and no network: every connection fails the test."""
-    home, work = tmp_path / "home", tmp_path / "work"
-    home.mkdir()
-    work.mkdir()
-    guard = tmp_path / "guard"
-    guard.mkdir()
-    (guard / "sitecustomize.py").write_text(
+@pytest.fixture
+def guarded(tmp_path: Path) -> dict[str, str]:
+    """An environment with a home and a temporary folder of its own, in which every connection is noted and fails."""
+    for name in ("home", "work", "tmp", "guard"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "guard" / "sitecustomize.py").write_text(
         "import socket\n"
         "def refused(self, address):\n"
         f"    open({str(tmp_path / 'connections')!r}, 'a').write(repr(address) + '\\n')\n"
         "    raise OSError('no network here')\n"
         "socket.socket.connect = refused\n"
     )
-    recipe = work / "r.yaml"
-    recipe.write_text(
-        "version: 1\nname: r\nmodel: {builtin: llama2-tiny}\npasses:\n"
-        "  - {pass: export_onnx, verify: false}\n  - {pass: olive, type: OnnxPeepholeOptimizer}\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k not in {"CI", "XDG_CACHE_HOME"}}
-    environment |= {"HOME": str(home), "PIPELINE_STORE": str(tmp_path / "store"), "PYTHONPATH": str(guard)}
-    environment["TMPDIR"] = str(tmp_path / "tmp")
-    (tmp_path / "tmp").mkdir()
-    command = [sys.executable, "-m", "pipeline", "run", str(recipe), "--no-measure"]
-    for narrowed in (["--until", "export_onnx"], []):
-        before = sorted((tmp_path / "tmp").iterdir())  # after the first, what torch's exporter leaves there
-        done = subprocess.run(
-            [*command, *narrowed], cwd=work, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert not (tmp_path / "connections").exists()
-    assert {p.name for p in work.iterdir()} == {"r.yaml", "runs"}
-    assert [p for p in home.rglob("*") if "olive" in p.name.lower() or p.name == "deviceid"] == []
-    assert sorted((tmp_path / "tmp").iterdir()) == before
+    kept = {key: value for key, value in os.environ.items() if key not in {"CI", "XDG_CACHE_HOME"}}
+    return kept | {
+        "HOME": str(tmp_path / "home"),
+        "PIPELINE_STORE": str(tmp_path / "store"),
+        "PYTHONPATH": str(tmp_path / "guard"),
+        "TMPDIR": str(tmp_path / "tmp"),
+    }
 
 
 @pytest.mark.slow
-def test_the_shipped_recipe_says_broken_of_hqq_and_ends_well(
-    tmp_path: Path, probed_store: Callable[[Path], Store], measured_briefly: None
+def test_the_shipped_recipe_runs_sends_nothing_leaves_nothing_and_says_broken_of_hqq(
+    tmp_path: Path,
+    guarded: dict[str, str],
+    probed_store: Callable[[Path], Store],
+    monkeypatch: pytest.MonkeyPatch,
+    measured_briefly: None,
 ) -> None:
-    told = ["evaluate.budget_s=1", "evaluate.quality.tokens=2000", "hardware=local"]
-    told += ["evaluate.workload.prompt_lengths=[16]", "evaluate.workload.new_tokens=8"]
-    unmeasured = ("export_onnx", "optimized", "olive_kquant", "olive_int8")  # for the time that it takes
-    told += [f"passes.{name}.measure=false" for name in unmeasured]
-    result = run(load_recipe("olive-llama2-cpu", told), store=probed_store(tmp_path / "store"), runs=tmp_path / "runs")
-    assert result.exit_code == 0
-    verdicts = {
-        stage.name: stage.quality.vs_baseline.verdict
-        for stage in result.report.stages
-        if stage.quality is not None and stage.quality.vs_baseline is not None
-    }
-    assert verdicts.pop("olive_hqq") == "broken"
-    assert "broken" not in verdicts.values()
-    assert set(verdicts) == {"olive_peephole", "int4", "olive_rtn", "int8"}
-    quantized = {s.name: s.effect.weights_quantized for s in result.report.stages if s.effect is not None}
+    store = probed_store(tmp_path / "store")
+    command = [sys.executable, "-m", "pipeline", "run", "olive-llama2-cpu", "--no-measure"]
+    for narrowed in (["--until", "export_onnx"], []):
+        before = sorted((tmp_path / "tmp").iterdir())  # after the first, what torch's exporter leaves there
+        done = subprocess.run(
+            [*command, *narrowed], cwd=tmp_path / "work", env=guarded, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "connections").exists()
+    assert {p.name for p in (tmp_path / "work").iterdir()} == {"runs"}
+    assert [p for p in (tmp_path / "home").rglob("*") if "olive" in p.name.lower() or p.name == "deviceid"] == []
+    assert sorted((tmp_path / "tmp").iterdir()) == before
+
+    latest = tmp_path / "work" / "runs" / "olive-llama2-cpu" / "latest" / "report.json"
+    effects = {s["name"]: s["effect"] for s in json.loads(latest.read_text())["stages"]}
     for name in ("olive_rtn", "olive_kquant", "olive_hqq", "olive_int8", "int4", "int8"):
-        assert quantized[name] == (36, 36), name
+        assert effects[name]["weights_quantized"] == [36, 36], name
+
+    told = ["evaluate.budget_s=1", "evaluate.quality.tokens=2000", "gates=[]"]
+    told += ["evaluate.workload.prompt_lengths=[16]", "evaluate.workload.new_tokens=8"]
+    told += ["passes.export_onnx.measure=false", "passes.optimized.measure=false"]
+    strict = load_recipe("olive-llama2-cpu", [*told, "passes.olive_hqq.allow_broken=false"])
+    result = run(strict, store=store, only="olive_hqq", runs=tmp_path / "runs")
+    hqq = next(stage for stage in result.report.stages if stage.name == "olive_hqq")
+    assert hqq.status == "cached"
+    assert hqq.quality is not None
+    assert hqq.quality.vs_baseline is not None
+    assert hqq.quality.vs_baseline.verdict == "broken"
+    assert result.exit_code == 1
 
 
 # --- before anything runs ---------------------------------------------------------------------------------------------
