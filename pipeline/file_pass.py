@@ -137,21 +137,24 @@ def import_class(code: CodeFile) -> object:
             if not isinstance(error, Exception | SystemExit):
                 raise
             hint = None
+            if isinstance(error, SyntaxError):
+                where = Location(str(path), error.lineno or 0, error.offset or 0)
+                raise RecipeError(f"this is no Python: {error.msg}", location=where) from None
             if isinstance(error, ModuleNotFoundError) and error.name and path.with_name(f"{error.name}.py").exists():
                 hint = "such a pass is one file; with more than one make a package: `pipeline passes new NAME`"
             raise PipelineError(
                 f"{path.name} cannot be imported: {type(error).__name__}: {error}" + _line_of(error, path), hint=hint
             ) from error
     if not hasattr(module, code.class_name):
-        raise PipelineError(f"{path.name} makes no class {code.class_name!r}")
+        classes = [n for n, value in vars(module).items() if isinstance(value, type) and value.__module__ == name]
+        hint = did_you_mean(code.class_name, classes, noun="classes")
+        raise PipelineError(f"{path} has no class {code.class_name!r}", hint=hint)
     found: object = getattr(module, code.class_name)
     return found
 
 
 def _line_of(error: BaseException, path: Path) -> str:
     """Where in the file it happened."""
-    if isinstance(error, SyntaxError):
-        return ""
     lines, traceback = [], error.__traceback__
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == str(path):

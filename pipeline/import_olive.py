@@ -81,6 +81,14 @@ def import_olive(file: Path, *, recipe_folder: Path, registry: Registry) -> Impo
     return Imported(text=_text(recipe, file, left_out), left_out=tuple(left_out))
 
 
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the key {twice!r} stands twice")
+    return dict(pairs)
+
+
 def read_workflow(file: Path) -> dict[str, Any]:
     """The mapping in a file of JSON or YAML.
 
@@ -95,7 +103,7 @@ def read_workflow(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     try:
-        data = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        data = json.loads(text, object_pairs_hook=_no_key_twice) if file.suffix == ".json" else yaml.safe_load(text)
     except json.JSONDecodeError as error:
         raise RecipeError(f"{file}:{error.lineno}:{error.colno}: this is not JSON: {error.msg}") from None
     except yaml.MarkedYAMLError as error:
@@ -204,7 +212,7 @@ def _stages(
         if isinstance(entry, list):
             if len(entry) > 1:
                 left_out.append(
-                    f"passes.{given}: {len(entry) - 1} of {len(entry)} alternatives; write them as branches"
+                    f"passes.{given}: the alternatives after the first of {len(entry)}; write them as branches"
                 )
             entry = entry[0] if entry else None  # noqa: PLW2901
         config = _config(entry, f"passes.{given}", file)

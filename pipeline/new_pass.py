@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.errors import RecipeError, did_you_mean
@@ -37,8 +39,10 @@ def write_package(name: str, *, takes: str = "onnx", into: Path | None = None) -
     registry = Registry()
     if name in registry.names():
         raise RecipeError(f"the pass {name!r} is there already, from {registry.origin(name)}")
-    if name in sys.stdlib_module_names or name in {"pipeline", "passes", "test"}:
-        raise RecipeError(f"{name!r} is the name of a module of Python or of this package; choose another")
+    if keyword.iskeyword(name) or name in sys.stdlib_module_names:
+        raise RecipeError(f"{name!r} is a word or a module of Python; choose another name")
+    if (found := find_spec(name)) is not None and found.origin is not None:
+        raise RecipeError(f"{name!r} is the name of an installed module, {found.origin}; choose another")
     folder = into or Path(name.replace("_", "-"))
     if folder.exists():
         raise RecipeError(f"{folder} is there already", hint="--into FOLDER writes elsewhere")

@@ -357,7 +357,7 @@ def _plan_stage(
     _check_order(stage, found, recipe, planned)
     facets = {name: facet_value(name, recipe, profile, host) for name in found.facets(params)}
     unread = issubclass(found, UnreadPass)
-    ingredients = {} if unread else _ingredients(found, code, params, facets, store)
+    ingredients = {"code": code.digest} if unread and code else _ingredients(found, code, params, facets, store)
     own = digest_of(ingredients)
     parents = {"": parent.key, **{role: planned[name].key for role, name in stage.inputs.items()}}
     key = digest_of({"own": own, "parents": parents})

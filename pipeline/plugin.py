@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.artifact import Artifact, Frozen, canonical_json
 from pipeline.errors import PipelineError, RecipeError, did_you_mean
-from pipeline.file_pass import CodeFile, import_class, read_class
+from pipeline.file_pass import CodeFile, import_class, names_file, read_class
 from pipeline.memory_estimate import ModelSize, Prediction
 from pipeline.runtime.protocol import known_formats
 from pipeline.store.writer import OutputWriter
@@ -282,6 +282,11 @@ class Registry:
     def info(self, name: str) -> PassInfo:
         """Raises: RecipeError where no pass, or more than one, has that name."""
         infos = self._by_name.get(name, [])
+        if not infos and names_file(name):
+            raise RecipeError(
+                f"{name!r} is a pass in a file, which only a recipe can name",
+                hint="`pipeline passes new NAME` makes a package of it, which can be shown and checked",
+            )
         if not infos:
             raise RecipeError(f"unknown pass {name!r}", hint=did_you_mean(name, self.names(), noun="passes"))
         if len(infos) > 1:

@@ -29,7 +29,7 @@ from pipeline.report.schema import Report, StageReport
 from pipeline.resolve import evaluation_text_of, plan_recipe
 from pipeline.run import RunResult, run
 from pipeline.store import Store
-from pipeline.why import differing
+from pipeline.why import comparable_ingredients, differing
 
 ABSENT = "–"
 HOST_FIELDS = {
@@ -139,7 +139,9 @@ def compare_here(past: PastRun, store: Store, *, allow_code: bool = False) -> Re
         plan = plan_recipe(past.recipe, store=store, until=choice.until, only=only, code=code)
         unread = [stage.name for stage in plan.stages if stage.code is not None and not allow_code]
         if unread:
-            notes.append(f"passes in files were not compared: {', '.join(unread)}; with --allow-code their code runs")
+            notes.append(
+                f"of passes in files only the text was compared: {', '.join(unread)}; with --allow-code they run"
+            )
     except HostError as error:  # a model of the hub that is not here yet
         notes.append(f"the model's files were not compared: {error.message}")
     found = [
@@ -256,7 +258,8 @@ def _planned(past: PastRun, plan: Plan) -> Iterator[Difference]:
     then = {str(stage["name"]): stage["ingredients"] for stage in past.plan["stages"]}
     stages: dict[tuple[str, str, str], list[str]] = {}
     for stage in plan.stages:
-        if stage.ingredients and isinstance(old := then.get(stage.name), dict):
+        if isinstance(old := then.get(stage.name), dict):
+            old = comparable_ingredients(old, stage.ingredients)
             for change in differing(old, json.loads(json.dumps(stage.ingredients))):
                 stages.setdefault((change.what, change.before, change.now), []).append(stage.name)
     for (what, old_value, now), names in stages.items():

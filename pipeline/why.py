@@ -46,11 +46,14 @@ def explain_stage(plan: Plan, name: str, store: Store) -> Explanation:
     if nearest is None:
         reason = f"the store has no run of the pass {stage.pass_name!r}"
         return Explanation(stage=name, status=stage.status, reason=reason)
-    changes = differing(nearest.ingredients, stage.ingredients)
+    changes = differing(comparable_ingredients(nearest.ingredients, stage.ingredients), stage.ingredients)
     for role, needed in {"its parent": stage.parent, **stage.inputs}.items():
         parent = plan.stage(needed) if needed else None
         if parent is not None and parent.status != "cached":
             changes.append(Change(what=f"{role} {parent.name}", before="as it was", now=parent.status))
+    if not changes and stage.ingredients.keys() == {"code"}:
+        reason = "its file is as it was; it is not run, so that nothing else of it can be compared"
+        return Explanation(stage=name, status=stage.status, reason=reason, compared_with=nearest.created)
     if not changes:
         reason = "its own part is unchanged; what it is made from is not, or its artifact was damaged or removed"
         return Explanation(stage=name, status=stage.status, reason=reason, compared_with=nearest.created)
@@ -59,13 +62,19 @@ def explain_stage(plan: Plan, name: str, store: Store) -> Explanation:
     )
 
 
+def comparable_ingredients(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Of `before`, what is known of `now`, too: of a pass in a file that is not run, only its text."""
+    return {"code": before.get("code", ABSENT)} if now.keys() == {"code"} else before
+
+
 def _nearest(plan: Plan, stage: PlannedStage, store: Store) -> StageRecord | None:
     """The remembered run of the same pass with the fewest differences; this recipe's stage first, then the newest."""
     candidates = [r for r in store.records() if r.pass_name == stage.pass_name]
 
     def distance(record: StageRecord) -> tuple[bool, int]:
         same = (record.recipe, record.stage) == (plan.recipe, stage.name)
-        return (not same, len(differing(record.ingredients, stage.ingredients)))
+        before = comparable_ingredients(record.ingredients, stage.ingredients)
+        return (not same, len(differing(before, stage.ingredients)))
 
     return min(candidates, key=distance, default=None)
 

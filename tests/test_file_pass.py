@@ -16,6 +16,7 @@ from pipeline.recipe.names import stage_name
 from pipeline.resolve import plan_recipe
 from pipeline.run import run
 from pipeline.store import Store
+from pipeline.why import explain_stage
 
 MARK = '''
 from pathlib import Path
@@ -241,3 +242,36 @@ def test_an_unread_pass_that_says_nothing_takes_anything(tmp_path: Path) -> None
     accepts, produces = found.formats(found.Params())
     assert accepts == {"onnx", "torch"}
     assert produces in accepts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("class A(:\n", r"mark\.py:1:\d+: this is no Python"),
+        ("import no_such_module\n", r"recipe\.yaml:6:5: mark\.py cannot be imported: ModuleNotFoundError.*\(line 1\)"),
+        ("class MarkId: ...\n", r"recipe\.yaml:6:5: .*mark\.py has no class 'MarkIt'\n  did you mean 'MarkId'"),
+        ("class MarkIt: ...\n", r"recipe\.yaml:6:5: MarkIt of mark\.py is not a subclass of pipeline\.Pass"),
+    ],
+)
+def test_a_file_that_will_not_do_is_a_wrong_recipe(recipe: Path, store: Store, text: str, message: str) -> None:
+    written(recipe.parent, text)
+    with pytest.raises(RecipeError, match=message):
+        plan(recipe, store)
+
+
+def test_why_compares_the_text_and_runs_nothing(recipe: Path, store: Store, tmp_path: Path) -> None:
+    run(load_recipe(recipe), store=store, runs=tmp_path / "runs", measure=False, allow_code=True)
+    (tmp_path / "ran").unlink(missing_ok=True)
+
+    def asked():
+        return explain_stage(plan_recipe(load_recipe(recipe), store=store), "mark_it", store)
+
+    assert "its file is as it was" in asked().reason
+    written(tmp_path, MARK + "# changed\n")
+    assert [change.what for change in asked().changes] == ["code"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_recipes_name_passes_in_files() -> None:
+    with pytest.raises(RecipeError, match="is a pass in a file, which only a recipe can name"):
+        Registry().info("./x.py:X")

@@ -12,7 +12,10 @@ import typer
 def import_olive_verb(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A workflow of Olive, in JSON or YAML.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The recipe's file; default: NAME.yaml here.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The recipe's file; default: NAME.yaml here, or NAME-recipe.yaml."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")] = False,
 ) -> None:
@@ -27,6 +30,10 @@ def import_olive_verb(
     from pipeline.recipe.parameters import check_parameters
 
     target = output or Path(f"{file.stem}.yaml")
+    if target.resolve() == file.resolve():
+        if output is not None:
+            raise RecipeError(f"{output} is the workflow itself", hint="--output FILE writes elsewhere")
+        target = Path(f"{file.stem}-recipe.yaml")
     folder = target.parent.absolute()
     if not folder.is_dir():
         raise RecipeError(f"the folder {folder} is not there")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.errors import RecipeError
-from pipeline.file_pass import CodeFile, find_code
+from pipeline.errors import PipelineError, RecipeError
+from pipeline.file_pass import CodeFile, find_code, names_file
 from pipeline.plugin import Pass, Registry
 from pipeline.recipe.schema import Recipe, Stage
 from pipeline.recipe.validation import validate
@@ -22,6 +22,10 @@ def pass_of(stage: Stage, recipe: Recipe, registry: Registry) -> tuple[type[Pass
         if error.location is not None:  # in the code, then
             raise
         raise RecipeError(error.message, hint=error.hint, location=recipe.location(*where)) from None
+    except PipelineError as error:
+        if not names_file(stage.pass_name):
+            raise
+        raise RecipeError(error.message, hint=error.hint, location=recipe.location(*where)) from error
 
 
 def check_parameters(recipe: Recipe, registry: Registry) -> None:

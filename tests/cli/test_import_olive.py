@@ -73,7 +73,7 @@ def test_a_workflow_becomes_a_recipe_and_its_losses_are_told(cli: Cli) -> None:
         "passes.Quant-1.blok",
         "passes.Quant-1.accuracy_level: SEARCHABLE_VALUES",
         "passes.lora: Olive's QLoRA cannot be a stage",
-        "passes.choice: 1 of 2 alternatives",
+        "passes.choice: the alternatives after the first of 2",
         "evaluators",
         "data_configs",
         "cache_dir",

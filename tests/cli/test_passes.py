@@ -120,7 +120,9 @@ def test_a_new_package_holds_a_pass_of_a_few_lines(cli: Callable, tmp_path: Path
     [
         (["My-Pass"], "'My-Pass' cannot name a pass"),
         (["export_onnx"], "'export_onnx' is there already, from pipeline"),
-        (["json"], "'json' is the name of a module"),
+        (["json"], "'json' is a word or a module of Python"),
+        (["class"], "'class' is a word or a module of Python"),
+        (["onnx_ir"], "'onnx_ir' is the name of an installed module"),
         (["fine", "--takes", "onx"], "did you mean 'onnx'"),
     ],
 )
