@@ -221,7 +221,8 @@ class OnnxSession:
     def run_in_place(self, inputs: dict[str, Any], cache: list[Any], logits_shape: tuple[int, ...]) -> Any:
         """The logits, after what the tokens add was written into the buffers of the cache, which are past and present.
 
-        Only what is another OrtValue than in the step before is bound anew: of the cache nothing, until `unbind`.
+        Only what is another OrtValue than in the step before is bound anew: of a cache on the host nothing, until
+        `unbind`; of one on a device the past.
         `logits_shape` is what the shape of the logits depends on: while it stays, they are written where those of the
         step before are. They have to be copied before the next step.
         """
@@ -232,6 +233,11 @@ class OnnxSession:
             for past, present, value in zip(self._pasts, self._presents, cache, strict=True):
                 self._binding.bind_ortvalue_input(past, value)
                 self._binding.bind_ortvalue_output(present, value)
+        elif self._device != "cpu":
+            # Where a node that has no kernel there takes the past, as float32 GroupQueryAttention on CUDA, binding
+            # copies it to the host: what is bound is the cache as it was then. On the device, binding copies nothing.
+            for past, value in zip(self._pasts, cache, strict=True):
+                self._binding.bind_ortvalue_input(past, value)
         for name, value in inputs.items():
             if self._bound.get(name) is not value:
                 self._binding.bind_ortvalue_input(name, value)

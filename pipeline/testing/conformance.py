@@ -441,7 +441,8 @@ class _Trial:
         if "took longer than timeout_s" in reason:
             return f"it did not end: {reason}"
         if result.refused:
-            return f"it failed on the small model: {reason}; where it needs another one, give `examples` (or --set, --after) with which it can run"
+            what = "where it needs another one, give `examples` (or --set, --after) with which it can run"
+            return f"it failed on the small model: {reason}; {what}"
         return reason
 
     def _reads(self, result: StageResult) -> None:

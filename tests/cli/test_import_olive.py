@@ -140,3 +140,19 @@ def test_the_catalogue_is_listed(cli: Cli) -> None:
     entries = json.loads(cli("passes", "list", "--olive", "--json").out)
     assert {"name", "takes", "yields", "runs_here", "needs"} == set(entries[0])
     assert json.loads(cli("passes", "list", "--json").out) == json.loads(cli("passes", "--json").out)
+
+
+def test_a_workflow_is_never_written_over(cli: Cli) -> None:
+    text = "input_model: {type: HfModel, model_path: a/b}\npasses: {a: {type: OnnxConversion}}\n"
+    Path("flow.yaml").write_text(text)
+    done = cli("import-olive", "flow.yaml", "--force")
+    assert (done.code, Path("flow-recipe.yaml").is_file()) == (0, True), done.err
+    done = cli("import-olive", "flow.yaml", "--force", "-o", "./flow.yaml")
+    assert (done.code, "is the workflow itself" in done.err) == (2, True)
+    assert Path("flow.yaml").read_text() == text
+
+
+def test_a_key_that_stands_twice_is_refused(cli: Cli) -> None:
+    Path("w.json").write_text('{"input_model": "a/b", "passes": {"a": {"type": "Gptq"}, "a": {"type": "Rtn"}}}')
+    done = cli("import-olive", "w.json")
+    assert (done.code, "the key 'a' stands twice" in done.err) == (2, True)
