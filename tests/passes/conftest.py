@@ -34,6 +34,7 @@ SIZES: dict[str, Any] = {
 
 FACETS = {
     "seed": 0,
+    "threads": 1,
     "calibration_text": " ".join(f"w{i * i % 277}" for i in range(1500)),
 }
 """What the passes of these tests are told that declare it. The text is of the words that `give_words` gives a model."""

@@ -39,7 +39,7 @@ class Trained:
 
     def run(self, cls: type[Pass], artifact: Artifact, **params: Any) -> Artifact:
         values = cls.Params(**params)
-        facets = {"seed": 0, "calibration_text": calibration_text().read_text(encoding="utf-8")}
+        facets = {"seed": 0, "threads": 1, "calibration_text": calibration_text().read_text(encoding="utf-8")}
         staging = self.bench.new_folder(cls.name)
         context = PassContext(output=OutputWriter(staging), facets={name: facets[name] for name in cls.facets(values)})
         return self.bench.store.publish(staging, cls().run(artifact, values, context).manifest)

@@ -425,7 +425,7 @@ class TestMethods:
         assert all(np.mean(codes[0][name] == codes[1][name]) > 0.99 for name in codes[0])
 
     def test_gptq_depends_on_the_calibration_text_and_others_do_not(self):
-        assert QuantizeWeights.facets(QuantizeWeights.Params(method="gptq")) == ("calibration_text", "seed")
+        assert QuantizeWeights.facets(QuantizeWeights.Params(method="gptq")) == ("calibration_text", "seed", "threads")
         assert QuantizeWeights.facets(QuantizeWeights.Params()) == ()
 
     def test_gptq_without_a_tokenizer_says_what_it_lacks(self, bench, reading_llama):
