@@ -20,11 +20,12 @@ from pipeline.measure.effect import ComparisonError, Origin, compare_artifacts, 
 from pipeline.measure.process import StartWorker
 from pipeline.plan import Plan, PlannedStage, facet_value
 from pipeline.plugin import Example, ParametersError, Pass, Registry
+from pipeline.runtime.protocol import known_formats
 from pipeline.store import Store
 from pipeline.testing import watch
 from pipeline.testing.agreement import ROUNDING, Agreement, score
 from pipeline.testing.findings import CHECKS, Finding, Findings, Outcome
-from pipeline.testing.known_formats import made_formats, runnable_formats, taken_formats
+from pipeline.testing.known_formats import made_formats, taken_formats
 from pipeline.testing.models import odd_artifact
 from pipeline.testing.variations import variations
 from pipeline.testing.workspace import CHECKED, Workspace, carry_over, entries_of
@@ -549,7 +550,7 @@ class _Trial:
 
     def _tolerance(self, parent: Artifact, made: Artifact) -> None:
         tolerance = self.example.tolerance or ROUNDING
-        formats = {parent.format, made.format} - runnable_formats()
+        formats = {parent.format, made.format} - known_formats()
         if formats:
             self._note("tolerance", "skipped", f"no installed runner loads {_listed(sorted(formats))}")
         elif made.digest == parent.digest:

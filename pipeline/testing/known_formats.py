@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
 from pipeline.errors import PipelineError
 from pipeline.plugin import Pass, Registry
-from pipeline.runtime.protocol import RUNNERS
+from pipeline.runtime.protocol import known_formats
 
 SOURCES = frozenset({"torch", "onnx"})
 """Formats that a recipe's model may have."""
-
-
-def runnable_formats() -> frozenset[str]:
-    """Those that some installed runner loads."""
-    return frozenset(point.name for point in entry_points(group=RUNNERS))
 
 
 def made_formats(*, but: str) -> frozenset[str]:
@@ -24,7 +17,7 @@ def made_formats(*, but: str) -> frozenset[str]:
 
 def taken_formats(*, but: str) -> frozenset[str]:
     """Those that a runner loads, or that some installed pass, other than `but`, takes by default."""
-    return runnable_formats().union(*(found.accepts for found in _passes(but)))
+    return known_formats().union(*(found.accepts for found in _passes(but)))
 
 
 def _passes(but: str) -> list[type[Pass]]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from pipeline.artifact import Artifact, Manifest
 from pipeline.errors import PipelineError
+from pipeline.execute import write_guard
 from pipeline.execute.request import Request
 from pipeline.plugin import PassContext, Registry
 
@@ -37,7 +38,6 @@ SYSTEM = ("/proc", "/sys", "/dev")
 OF_THE_STANDARD_LIBRARY = frozenset({"PATH", "TMPDIR", "TEMP", "TMP"})
 """Variables that it reads to find a program or a place for temporary files: not a pass's choice."""
 
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 IMPORTING = frozenset({"importlib", "_frozen_importlib", "_frozen_importlib_external", "linecache"})
 """Modules that import others, say which version is installed, or show the source of what is."""
 
@@ -45,19 +45,7 @@ PROBING = "_get_default_tempdir"
 """The function that looks where temporary files can be written, by writing one."""
 
 READS = frozenset({"open", "os.listdir", "os.scandir"})
-CHANGES: dict[str, tuple[int, ...]] = {
-    "os.mkdir": (0,),
-    "os.rename": (0, 1),
-    "os.remove": (0,),
-    "os.rmdir": (0,),
-    "os.link": (1,),
-    "os.symlink": (1,),
-    "os.truncate": (0,),
-    "os.chmod": (0,),
-    "os.chown": (0,),
-    "os.utime": (0,),
-    "shutil.rmtree": (0,),
-}
+CHANGES = {**{event: tuple(paths) for event, paths in write_guard.CHANGES.items()}, "shutil.rmtree": (0,)}
 """Events that change files, and which of their arguments are paths of what changes."""
 
 MADE = {"os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.symlink": 1}
@@ -256,4 +244,4 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
     _, mode, flags = (*arguments, None, None)[:3]
     if isinstance(mode, str):
         return any(letter in mode for letter in "wax+")
-    return isinstance(flags, int) and bool(flags & WRITING)
+    return isinstance(flags, int) and bool(flags & write_guard.WRITING)
