@@ -7,9 +7,11 @@ the weights. Each parameter of the traced graph becomes an initializer that name
 from __future__ import annotations
 
 import logging
+import re
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,7 +67,7 @@ TORCHSCRIPT_BYTES = 310 * 10**6
 class ExportOnnx(Pass):
     """Export a causal language model to ONNX, with a key-value cache or without, without copying its weights."""
 
-    name, version = "export_onnx", 1
+    name, version = "export_onnx", 2
     accepts, produces = frozenset({"torch"}), "onnx"
     libraries = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
     examples = (Example(params={"verify": False}), Example())
@@ -129,6 +131,7 @@ class ExportOnnx(Pass):
             model, interface, sources = trace(artifact, params.opset, cache=params.cache)
             context.progress(0.5, "simplifying")
             simplify(model)
+            number_anew(model, keep=sources)
         refer_to_checkpoint(model, sources, artifact)
         strip_metadata(model)
         if params.verify:
@@ -257,6 +260,42 @@ def refer_to_checkpoint(model: ir.Model, sources: Mapping[str, str], artifact: A
         if value.dtype != value.const_value.dtype:
             _store_as(value, value.const_value.dtype, model.graph)
     _weights_first(model.graph)
+
+
+def number_anew(model: ir.Model, keep: Collection[str]) -> None:
+    """Number what torch numbered (`val_84`, `node_Transpose_84`) in the order of the graph that is left.
+
+    torch counts what it traced, of which much is folded away, and how much that was depends on the libraries that are
+    loaded beside it: the same graph would be other bytes. The graph's inputs and outputs, and initializers in `keep`,
+    have their names from the model.
+    """
+    outer = model.graph
+    fixed = {value for graph in model.graphs() for value in [*graph.inputs, *graph.outputs]}
+    fixed |= {value for name, value in outer.initializers.items() if name in keep}
+    taken = {value.name for value in fixed}
+    initializers = list(outer.initializers.values())
+    outer.initializers.clear()  # a renamed one would go to the end, one whose number is right already would not
+
+    counts: Counter[str] = Counter()
+
+    def numbered(name: str) -> str:
+        kind = re.sub(r"_\d+$", "", name)
+        while True:
+            found = f"{kind}_{counts[kind]}" if counts[kind] else kind
+            counts[kind] += 1
+            if found not in taken:
+                return found
+
+    nodes = [node for graph in model.graphs() for node in graph]
+    values = [*initializers, *(value for node in nodes for value in node.outputs)]
+    for value in values:
+        if value not in fixed and value.name:
+            value.name = numbered(value.name)
+    for value in initializers:
+        outer.initializers[str(value.name)] = value
+    counts.clear()
+    for node in nodes:
+        node.name = numbered(node.name or node.op_type)
 
 
 def strip_metadata(model: ir.Model) -> None:

@@ -17,7 +17,7 @@ import pytest
 from pydantic import ValidationError
 
 from passes.export.causal_lm import causal_lm_config, reference_causal_lm, refused_operator
-from passes.export.export_onnx import KEPT_METADATA, ExportOnnx
+from passes.export.export_onnx import KEPT_METADATA, ExportOnnx, number_anew
 from passes.export.verify import _calls, verify_against_torch
 from pipeline import Artifact, CacheLayout, Interface, PassContext, PipelineError, load_onnx
 from pipeline.artifact import ONNX_FILE
@@ -180,6 +180,41 @@ class TestTheArtifact:
         ]
         assert all(set(props) == set(KEPT_METADATA) for props in scopes)
         assert "'model.layers.1.self_attn'" in scopes[1]["pkg.torch.onnx.name_scopes"]
+
+    @pytest.mark.parametrize("shift", [0, 1, 7, 1000])
+    def test_is_the_same_bytes_whatever_numbers_torch_had_reached(self, shift):
+        """What torch folds away is counted, and which libraries are loaded decides how much that is."""
+
+        def graph(by: int) -> ir.Model:
+            kept = ir.Value(name="cos_1", const_value=ir.tensor(np.ones(4, np.float32)))
+            made = [ir.Value(name=f"val_{n + by}", const_value=ir.tensor(np.ones(n, np.int64))) for n in (3, 1, 2)]
+            tokens = ir.Value(name="val_2", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.FLOAT))
+            nodes = [ir.node("Mul", [tokens, kept], name=f"node_Mul_{4 + by}")]
+            nodes[0].outputs[0].name = f"cos_{5 + by}"
+            for number, value in enumerate(made):
+                nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], value], name=f"node_Reshape_{number * 9 + by}"))
+                nodes[-1].outputs[0].name = f"val_{number * 11 + 20 + by}"
+            nodes[-1].outputs[0].name = "logits_5"
+            built = ir.Graph([tokens], nodes[-1].outputs, nodes=nodes, initializers=[made[0], kept, *made[1:]])
+            return ir.Model(built, ir_version=10)
+
+        first, second = graph(0), graph(shift)
+        for model in (first, second):
+            number_anew(model, keep={"cos_1"})
+        assert ir.to_proto(first).SerializeToString() == ir.to_proto(second).SerializeToString()
+        found = [name for node in first.graph for name in (node.name, node.outputs[0].name)]
+        assert found == [
+            "node_Mul",
+            "cos",
+            "node_Reshape",
+            "val_4",
+            "node_Reshape_1",
+            "val_5",
+            "node_Reshape_2",
+            "logits_5",
+        ]
+        assert list(first.graph.initializers) == ["val", "cos_1", "val_1", "val_3"]
+        assert [value.name for value in (*first.graph.inputs, *first.graph.outputs)] == ["val_2", "logits_5"]
 
     @pytest.mark.slow
     def test_is_the_same_bytes_in_another_process(self, exported_llama, llama_folder, tmp_path):
