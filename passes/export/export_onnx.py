@@ -25,6 +25,7 @@ from passes.export.causal_lm import (
     take_tokens_alone,
     traced_causal_lm,
 )
+from passes.export.quick_decomposition import by_looking
 from passes.export.quick_matching import first_node_first
 from passes.export.torchscript import LATEST_OPSET, trace_with_torchscript
 from passes.export.verify import FIRST_LAYERS, WIDENED_BYTES, verify_against_torch
@@ -190,7 +191,7 @@ def trace(artifact: Artifact, opset: int, *, cache: bool = True) -> tuple[ir.Mod
             arguments = (torch.zeros(BATCH, SEQUENCE, dtype=torch.int64),)
             dimensions = ({0: "batch", 1: "sequence"},)
             take_tokens_alone(model, positions=True)
-        with _quiet():
+        with _quiet(), by_looking():
             try:
                 program = torch.onnx.export(
                     model.module,
