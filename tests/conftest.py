@@ -462,13 +462,20 @@ MAIN_JOB = [
 
 
 @pytest.fixture(scope="session")
-def main_job(run_once: Callable[..., tuple[RunResult, Path]], briefly: Callable[[pytest.MonkeyPatch], None]) -> MainJob:
-    """The shipped recipe, run in an empty store, in which tests may run it again."""
+def main_job(
+    run_once: Callable[..., tuple[RunResult, Path]],
+    briefly: Callable[[pytest.MonkeyPatch], None],
+    probed_store: Callable[[Path], Store],
+    put_toolchain: Callable[[Path], None],
+) -> MainJob:
+    """The shipped recipe, run in a store without artifacts, in which tests may run it again."""
 
     def do(place: Path) -> RunResult:
+        store = probed_store(place / "store")
+        put_toolchain(store.root)
         with pytest.MonkeyPatch.context() as patch:
             briefly(patch)
-            return run(load_recipe("llama2-cpu", MAIN_JOB), store=Store(place / "store"), runs=place / "runs")
+            return run(load_recipe("llama2-cpu", MAIN_JOB), store=store, runs=place / "runs")
 
     result, place = run_once("main-job", do)
     return MainJob(result, Store(place / "store"), MAIN_JOB)

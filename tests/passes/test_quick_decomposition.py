@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.onnx._internal.exporter import _decomp, _registration
 
-from passes.export import quick_decomposition
+from passes.export import export_onnx, quick_decomposition
 from passes.export.quick_decomposition import by_looking, take_apart
+from pipeline import Artifact
 
 
 class Module(torch.nn.Module):  # type: ignore[misc]
@@ -134,6 +135,20 @@ def test_as_many_casts_are_inserted_as_torch_inserts() -> None:
         Counter(node.op_type for node in exported(function, looking=looking).model.graph) for looking in (True, False)
     )
     assert quick["Cast"] == official["Cast"] > 0
+
+
+@pytest.mark.slow
+def test_the_graph_of_a_model_has_the_operators_that_torchs_own_export_gives(
+    llama: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def operators() -> Counter[str]:
+        model, _, _ = export_onnx.trace(llama, 23)
+        export_onnx.simplify(model)
+        return Counter(node.op_type for node in model.graph)
+
+    quick = operators()
+    monkeypatch.setattr(export_onnx, "by_looking", nullcontext)
+    assert quick == operators()
 
 
 def test_torch_is_as_it_was_afterwards() -> None:

@@ -1,8 +1,10 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,6 +17,7 @@ from pipeline.hardware.host import find_gpus
 from pipeline.runtime import ExecutionSpec, kv_cache, load_runner, onnx_session
 from pipeline.runtime import onnxruntime as runtime
 from pipeline.runtime.layer_outputs import open_layers
+from pipeline.runtime.onnx_session import open_session
 from pipeline.runtime.onnxruntime import OnnxRuntimeRunner
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCABULARY, (2, 20))
@@ -264,6 +267,7 @@ def test_a_cuda_device_without_cuda_is_the_host_s_fault(artifact: Artifact) -> N
 def test_cuda_that_does_not_start_is_the_host_s_fault_and_nothing_runs_on_the_cpu(artifact: Artifact) -> None:
     code = f"""
 from pathlib import Path
+from typing import Any
 from pipeline.artifact import Artifact, Manifest
 from pipeline.errors import HostError
 from pipeline.runtime import ExecutionSpec, load_runner
@@ -300,6 +304,7 @@ def test_loading_a_model_starts_no_telemetry(artifact: Artifact) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
+from typing import Any
 from pipeline.artifact import Artifact, Manifest
 from pipeline.runtime import ExecutionSpec, load_runner
 manifest = Manifest.model_validate_json({artifact.manifest.model_dump_json()!r})
@@ -452,6 +457,34 @@ class TestTwoPhases:
     @pytest.fixture
     def runner(self, parts: dict[str, Artifact]) -> OnnxRuntimeRunner:
         return OnnxRuntimeRunner(tiny_models.two_phases(**parts, crossover_tokens=8), ExecutionSpec())
+
+    def test_both_graphs_are_opened_side_by_side(
+        self, parts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        together = threading.Barrier(2, timeout=20)
+
+        def meet(*given: Any) -> Any:
+            together.wait()
+            return open_session(*given)
+
+        monkeypatch.setattr("pipeline.runtime.onnxruntime.open_session", meet)
+        OnnxRuntimeRunner(tiny_models.two_phases(**parts, crossover_tokens=8), ExecutionSpec())
+
+    @pytest.mark.parametrize("damaged", ["prefill", "decode"])
+    def test_either_of_them_may_fail_to_load(
+        self, parts: dict[str, Artifact], damaged: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        artifact = tiny_models.two_phases(**parts, crossover_tokens=8)
+        component = artifact.manifest.components[damaged]
+
+        def fail(artifact: Artifact, part: Any, *given: Any) -> Any:
+            if part is component:
+                raise PipelineError("ONNX Runtime cannot load the graph")
+            return open_session(artifact, part, *given)
+
+        monkeypatch.setattr("pipeline.runtime.onnxruntime.open_session", fail)
+        with pytest.raises(PipelineError, match="cannot load the graph"):
+            OnnxRuntimeRunner(artifact, ExecutionSpec())
 
     @pytest.mark.parametrize("batch", [1, 2])
     def test_single_tokens_go_on_from_the_cache_that_the_prompt_left(
