@@ -116,7 +116,7 @@ def test_the_exported_model_generates_the_text_that_was_measured(result: RunResu
 
 def test_a_second_run_caches_every_stage_and_its_quality_and_measures_speed_anew(main_job: Any, tmp_path: Path) -> None:
     result = main_job.result
-    # compile_torch's would be compiled anew, to be loaded cold, and those in between have nothing to say that int4 has not
+    # compile_torch's would be compiled anew, to be loaded cold; the others would say what int4 does
     unmeasured = [
         "torch_compiled",
         "export_onnx",

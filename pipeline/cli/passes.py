@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import JsonOption
+from pipeline.cli.options import AllowCodeOption, JsonOption
 from pipeline.cli.passes_check import check_verb
 from pipeline.cli.verb import Verbs
 
@@ -91,15 +91,22 @@ app.command("check")(check_verb)
 
 @app.command("show")
 def show_verb(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A pass's name.")], json: JsonOption = False
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A pass's name; or ./FILE.py:CLASS, below this folder.")],
+    allow_code: AllowCodeOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Show a pass: what it does, its parameters, what it needs."""
+    """Show a pass: what it does, its parameters, what it needs.
+
+    Of one in a file, without --allow-code, what its text says.
+    """
     from pipeline.cli.output import console, print_json
     from pipeline.errors import PipelineError
+    from pipeline.file_pass import find_code
     from pipeline.passes_catalogue import describe_pass
     from pipeline.plugin import Registry
 
-    described = describe_pass(Registry(), name)
+    registry = Registry(code="run" if allow_code else "read")
+    described = describe_pass(registry, name, find_code(name, Path.cwd()))
     if json:
         print_json(described.model_dump(mode="json"))
     elif described.problem is not None:
@@ -136,6 +143,9 @@ def _print_pass(d: PassDescription, output: Console) -> None:
     output.print()
     inputs = f", and in `inputs` {' and '.join(d.roles)}" if d.roles else ""
     output.print(escape(f"takes {' or '.join(d.accepts)}{inputs}, yields {d.produces}"))
+    if d.is_known_by_text:
+        output.print("its code was not run: what it needs and its parameters are seen with --allow-code")
+        return
     output.print(escape(f"needs {_needs(d)}"))
     for other, reason in d.comes_before.items():
         output.print(escape(f"comes before {other}: {reason}"))
