@@ -22,6 +22,11 @@ class Parameter(Frozen):
     default: str
     description: str
 
+    @classmethod
+    def of_schema(cls, name: str, schema: dict[str, Any], *, default: str, description: str) -> Parameter:
+        """One whose values a JSON Schema without references describes."""
+        return cls(name=name, type=_type_in_words(schema, {}), default=default, description=description)
+
 
 class PassDescription(Frozen):
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from pipeline.cli.verb import Verbs
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.passes_catalogue import PassDescription
+    from pipeline.passes_catalogue import Parameter, PassDescription
 
 app = Verbs(help="The passes that are installed, and new ones.", invoke_without_command=True, no_args_is_help=False)
 
@@ -51,7 +52,7 @@ def list_further_passes(catalogue: str, json: bool) -> None:
 
     found = further_passes(catalogue)
     if json:
-        print_json([entry.model_dump(mode="json") for entry in found])
+        print_json([entry.model_dump(mode="json", exclude={"parameters"}) for entry in found])
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("type", "takes", "yields", "here", "what it needs"):
@@ -92,6 +93,10 @@ app.command("check")(check_verb)
 @app.command("show")
 def show_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A pass's name; or ./FILE.py:CLASS, below this folder.")],
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="One of the passes that it runs by name, as `olive` does."),
+    ] = None,
     allow_code: AllowCodeOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -105,6 +110,9 @@ def show_verb(
     from pipeline.passes_catalogue import describe_pass
     from pipeline.plugin import Registry
 
+    if type_ is not None:
+        show_further_pass(name, type_, json)
+        return
     registry = Registry(code="run" if allow_code else "read")
     described = describe_pass(registry, name, find_code(name, Path.cwd()))
     if json:
@@ -113,6 +121,27 @@ def show_verb(
         raise PipelineError(f"{name}, from {described.origin}, cannot be used: {described.problem}")
     else:
         _print_pass(described, console())
+
+
+def show_further_pass(catalogue: str, name: str, json: bool) -> None:
+    """Print a pass of another project, with its parameters."""
+    from rich.markup import escape
+
+    from pipeline.cli.output import console, print_json
+    from pipeline.further_passes import further_pass
+
+    found, output = further_pass(catalogue, name), console()
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    output.print(f"[bold]{escape(found.name)}[/], which {escape(catalogue)} runs")
+    output.print(escape(f"takes {found.takes}, yields {found.yields}"))
+    output.print("it can run here" if found.runs_here else escape(f"it cannot run here: {found.needs}"))
+    output.print()
+    if found.parameters is None:
+        output.print("its parameters are not known: its packages are not installed")
+    else:
+        _print_parameters(found.parameters, output)
 
 
 @app.command("new")
@@ -134,9 +163,7 @@ def new_verb(
 
 
 def _print_pass(d: PassDescription, output: Console) -> None:
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     output.print(f"[bold]{d.name}[/] (version {d.version}, from {escape(d.origin)})")
     output.print(escape(d.documentation))
@@ -156,13 +183,21 @@ def _print_pass(d: PassDescription, output: Console) -> None:
     if not d.deterministic:
         output.print("two runs of it differ: the first result that is stored stands")
     output.print()
-    if not d.parameters:
+    _print_parameters(d.parameters, output)
+
+
+def _print_parameters(parameters: Sequence[Parameter], output: Console) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not parameters:
         output.print("it has no parameters")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("parameter", "type", "default", "description"):
         table.add_column(column, overflow="fold")
-    for p in d.parameters:
+    for p in parameters:
         table.add_row(p.name, escape(p.type), escape(p.default), escape(p.description))
     output.print(table)
 
