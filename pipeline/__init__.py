@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.models.onnx_file import read_onnx_file
     from pipeline.onnx_model import load_onnx, new_tensor, referenced_tensor, reshaped_tensor, save_onnx
     from pipeline.onnx_wire import check_external_tensors
+    from pipeline.passes_catalogue import Parameter
     from pipeline.plugin import Example, Pass, PassContext, PassParams, Requires, StageRef, check_roles
     from pipeline.recipe import load_recipe
     from pipeline.runtime import ExecutionSpec, load_model, load_runner
@@ -42,6 +43,7 @@ _HOMES = {
     "pipeline.models.onnx_file": ["read_onnx_file"],
     "pipeline.onnx_model": ["load_onnx", "new_tensor", "referenced_tensor", "reshaped_tensor", "save_onnx"],
     "pipeline.onnx_wire": ["check_external_tensors"],
+    "pipeline.passes_catalogue": ["Parameter"],
     "pipeline.plugin": ["Example", "Pass", "PassContext", "PassParams", "Requires", "StageRef", "check_roles"],
     "pipeline.recipe": ["load_recipe"],
     "pipeline.runtime": ["ExecutionSpec", "load_model", "load_runner"],
@@ -65,6 +67,7 @@ __all__ = [
     "Interface",
     "Manifest",
     "ModelSize",
+    "Parameter",
     "Pass",
     "PassContext",
     "PassParams",

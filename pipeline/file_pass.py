@@ -37,6 +37,11 @@ class CodeFile(Frozen):
     def __str__(self) -> str:
         return f"{Path(self.path).name}:{self.class_name}"
 
+    @property
+    def module(self) -> str:
+        """What its file is called once it is imported."""
+        return f"pipeline_code_{self.digest[:16]}"
+
 
 def names_file(pass_name: str) -> bool:
     """Whether a recipe's `pass` means a file and not a registered pass."""
@@ -119,7 +124,7 @@ def import_class(code: CodeFile) -> object:
     Raises: PipelineError where the file is not what it was when it was found, it raises, or has no such class.
     """
     path = Path(code.path)
-    name = f"pipeline_code_{code.digest[:16]}"
+    name = code.module
     module = sys.modules.get(name)
     if module is None:
         source = path.read_bytes()

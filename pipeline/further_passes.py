@@ -1,18 +1,21 @@
 """Passes of other projects that a pass of ours can run by name: what is known of each, and whether it can run here.
 
-A package names a function in the entry-point group `pipeline.catalogues`; it gives the entries. `pipeline passes list
---olive` shows the one that is called `olive`.
+A package names a function in the entry-point group `pipeline.catalogues`, by the name of the pass that runs them. It
+gives the entries, and with `named` that one alone, with its parameters. `pipeline passes list --olive` shows those of
+`olive`, `pipeline passes show olive --type NAME` one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+from typing import Any
 
 from pydantic import Field
 
 from pipeline.artifact import Frozen
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RecipeError, did_you_mean
+from pipeline.passes_catalogue import Parameter
 
 CATALOGUES = "pipeline.catalogues"
 
@@ -25,6 +28,7 @@ class FurtherPass(Frozen):
     yields: str = Field(description="format, or in words what it yields instead")
     runs_here: bool
     needs: str = Field("", description="why it cannot run here, and what would help")
+    parameters: tuple[Parameter, ...] | None = Field(None, description="None: not asked for, or nobody can tell")
 
 
 def further_passes(catalogue: str) -> list[FurtherPass]:
@@ -32,8 +36,26 @@ def further_passes(catalogue: str) -> list[FurtherPass]:
 
     Raises: PipelineError where no installed package has one, or it cannot be read.
     """
+    found: Iterable[FurtherPass] = _entries_of(catalogue)()
+    return list(found)
+
+
+def further_pass(catalogue: str, name: str) -> FurtherPass:
+    """One entry of the catalogue, with its parameters where they are known.
+
+    Raises: RecipeError where it has none of that name; PipelineError as above.
+    """
+    entries = _entries_of(catalogue)
+    found = next(iter(entries(named=name)), None)
+    if found is None:
+        names = [entry.name for entry in entries()]
+        raise RecipeError(f"{catalogue} runs no pass named {name!r}", hint=did_you_mean(name, names, noun="types"))
+    entry: FurtherPass = found
+    return entry
+
+
+def _entries_of(catalogue: str) -> Any:
     point = next(iter(entry_points(group=CATALOGUES, name=catalogue)), None)
     if point is None:
         raise PipelineError(f"no installed package has a catalogue of passes named {catalogue!r}")
-    found: Iterable[FurtherPass] = point.load()()
-    return list(found)
+    return point.load()

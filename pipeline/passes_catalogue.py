@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from pipeline.artifact import Frozen
 from pipeline.errors import PipelineError
-from pipeline.plugin import Registry, Requires
+from pipeline.file_pass import CodeFile
+from pipeline.plugin import Registry, Requires, UnreadPass
 
 
 class Parameter(Frozen):
@@ -20,6 +21,11 @@ class Parameter(Frozen):
     type: str
     default: str
     description: str
+
+    @classmethod
+    def of_schema(cls, name: str, schema: dict[str, Any], *, default: str, description: str) -> Parameter:
+        """One whose values a JSON Schema without references describes."""
+        return cls(name=name, type=_type_in_words(schema, {}), default=default, description=description)
 
 
 class PassDescription(Frozen):
@@ -39,30 +45,37 @@ class PassDescription(Frozen):
     comes_after: dict[str, str] = Field(default_factory=dict)
     deterministic: bool = True
     parameters: tuple[Parameter, ...] = ()
+    is_known_by_text: bool = Field(False, description="it is in a file whose code was not run: only its text was read")
 
 
-def describe_pass(registry: Registry, name: str) -> PassDescription:
-    """Everything about one pass; where it cannot be used, why.
+def describe_pass(registry: Registry, name: str, code: CodeFile | None = None) -> PassDescription:
+    """Everything about one pass, which may be in a file; where it cannot be used, why.
 
     Raises: RecipeError where no pass has that name.
     """
-    origin = registry.origin(name)
+    origin = registry.origin(name) if code is None else code.path
     try:
-        found = registry.load(name)
+        found = registry.load(name, code)
         parameters = tuple(describe_fields(found.Params))
     except PipelineError as error:
+        if code is not None:  # nothing lists it
+            raise
         return PassDescription(name=name, origin=origin, problem=error.message)
     except Exception as error:  # a stranger's parameters may have no schema, or raise anything
         reason = str(error).partition("\n")[0]
         return PassDescription(name=name, origin=origin, problem=f"its parameters cannot be put into JSON: {reason}")
+    accepts, produces, version = getattr(found, "accepts", ()), getattr(found, "produces", None), found.version
+    if unread := issubclass(found, UnreadPass):
+        (accepts, produces), version = found.formats(found.Params()), found.said.get("version", version)
     return PassDescription(
         name=name,
         origin=origin,
+        is_known_by_text=unread,
         summary=found.summary(),
         documentation=cleandoc(found.__doc__ or ""),
-        version=found.version,
-        accepts=tuple(sorted(getattr(found, "accepts", ()))),
-        produces=getattr(found, "produces", None),
+        version=version,
+        accepts=tuple(sorted(accepts)),
+        produces=produces,
         libraries=tuple(found.libraries),
         depends_on=tuple(found.depends_on),
         requires=found.requires,

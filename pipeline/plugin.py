@@ -284,8 +284,8 @@ class Registry:
         infos = self._by_name.get(name, [])
         if not infos and names_file(name):
             raise RecipeError(
-                f"{name!r} is a pass in a file, which only a recipe can name",
-                hint="`pipeline passes new NAME` makes a package of it, which can be shown and checked",
+                f"{name!r} is a pass in a file, which has no place among the installed ones",
+                hint="a recipe's `pass` names it, and `pipeline passes show` and `check`",
             )
         if not infos:
             raise RecipeError(f"unknown pass {name!r}", hint=did_you_mean(name, self.names(), noun="passes"))

@@ -272,6 +272,6 @@ def test_why_compares_the_text_and_runs_nothing(recipe: Path, store: Store, tmp_
     assert not (tmp_path / "ran").exists()
 
 
-def test_only_recipes_name_passes_in_files() -> None:
-    with pytest.raises(RecipeError, match="is a pass in a file, which only a recipe can name"):
+def test_a_pass_in_a_file_is_not_among_the_installed() -> None:
+    with pytest.raises(RecipeError, match="is a pass in a file, which has no place among"):
         Registry().info("./x.py:X")

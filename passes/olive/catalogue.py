@@ -147,10 +147,21 @@ def _described(entry: dict[str, Any], extras: dict[str, list[str]]) -> OliveType
     )
 
 
-def entries() -> Iterable[FurtherPass]:
-    """What `pipeline passes list --olive` shows."""
+def entries(named: str | None = None) -> Iterable[FurtherPass]:
+    """What `pipeline passes list --olive` shows; with `named`, that pass alone, with its parameters."""
+    from passes.olive.parameters import in_words
+
     for entry in olive_types().values():
+        if named not in (None, entry.name):
+            continue
         needs = entry.lacking
         if not needs and entry.device == "cuda":
             needs = "a CUDA GPU"
-        yield FurtherPass(name=entry.name, takes=entry.takes, yields=entry.yields, runs_here=not needs, needs=needs)
+        yield FurtherPass(
+            name=entry.name,
+            takes=entry.takes,
+            yields=entry.yields,
+            runs_here=not needs,
+            needs=needs,
+            parameters=None if named is None else in_words(entry.name),
+        )

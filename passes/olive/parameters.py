@@ -21,7 +21,7 @@ from pydantic import ValidationError, create_model
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from passes.olive.catalogue import olive_version
-from pipeline import HostError, PassParams, default_store_path, did_you_mean
+from pipeline import HostError, Parameter, PassParams, default_store_path, did_you_mean
 
 REFUSED = {
     "user_script": "it would run Python code from a file",
@@ -61,6 +61,23 @@ def _table(version: str) -> dict[str, Any]:
     return table
 
 
+def in_words(name: str) -> tuple[Parameter, ...] | None:
+    """The parameters that an entry may give, those that it has to give first. None: nobody could tell."""
+    described = parameters_of(name)
+    if described is None:
+        return None
+    given = {key: told for key, told in described.items() if _why_not(key, told) is None}
+    return tuple(
+        Parameter.of_schema(
+            key,
+            told["schema"],
+            default="required" if told["required"] else json.dumps(told["default"]),
+            description=" ".join((told["description"] or "").split()),
+        )
+        for key, told in sorted(given.items(), key=lambda item: not item[1]["required"])
+    )
+
+
 def ask_olive(*types: str) -> dict[str, Any]:
     """What the installed Olive says of these passes, or of all: see `passes.olive.probe`. Takes seconds.
 
@@ -89,12 +106,10 @@ def check_parameters(name: str, given: dict[str, Any], *, own: Sequence[str]) ->
     described = parameters_of(name)
     if described is None:
         return
-    errors = [_refusal(key, why, given[key]) for key, why in REFUSED.items() if key in given]
-    errors += [_refusal(key, "the pass reads the calibration text instead", given[key]) for key in DATA if key in given]
-    errors += [
-        _refusal(key, "a file that it names would not be part of the stage's key", given[key])
-        for key in given
-        if key not in REFUSED and described.get(key, {}).get("category") == "path"
+    errors = [
+        _refusal(key, why, value)
+        for key, value in given.items()
+        if (why := _why_not(key, described.get(key, {}))) is not None
     ]
     known = [key for key in described if key not in REFUSED and key not in DATA]
     errors += [
@@ -120,6 +135,17 @@ def check_parameters(name: str, given: dict[str, Any], *, own: Sequence[str]) ->
         ]
     if errors:
         raise ValidationError.from_exception_data(name, errors)
+
+
+def _why_not(key: str, told: dict[str, Any]) -> str | None:
+    """Why an entry cannot give this parameter of Olive's; None where it can."""
+    if key in REFUSED:
+        return REFUSED[key]
+    if key in DATA:
+        return "the pass reads the calibration text instead"
+    if told.get("category") == "path":
+        return "a file that it names would not be part of the stage's key"
+    return None
 
 
 def _refusal(key: str, why: str, value: Any) -> InitErrorDetails:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import JsonOption
+from pipeline.cli.options import AllowCodeOption, JsonOption
 from pipeline.cli.passes_check import check_verb
 from pipeline.cli.verb import Verbs
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.passes_catalogue import PassDescription
+    from pipeline.passes_catalogue import Parameter, PassDescription
 
 app = Verbs(help="The passes that are installed, and new ones.", invoke_without_command=True, no_args_is_help=False)
 
@@ -51,7 +52,7 @@ def list_further_passes(catalogue: str, json: bool) -> None:
 
     found = further_passes(catalogue)
     if json:
-        print_json([entry.model_dump(mode="json") for entry in found])
+        print_json([entry.model_dump(mode="json", exclude={"parameters"}) for entry in found])
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("type", "takes", "yields", "here", "what it needs"):
@@ -91,21 +92,56 @@ app.command("check")(check_verb)
 
 @app.command("show")
 def show_verb(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A pass's name.")], json: JsonOption = False
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A pass's name; or ./FILE.py:CLASS, below this folder.")],
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="One of the passes that it runs by name, as `olive` does."),
+    ] = None,
+    allow_code: AllowCodeOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Show a pass: what it does, its parameters, what it needs."""
+    """Show a pass: what it does, its parameters, what it needs.
+
+    Of one in a file, without --allow-code, what its text says.
+    """
     from pipeline.cli.output import console, print_json
     from pipeline.errors import PipelineError
+    from pipeline.file_pass import find_code
     from pipeline.passes_catalogue import describe_pass
     from pipeline.plugin import Registry
 
-    described = describe_pass(Registry(), name)
+    if type_ is not None:
+        show_further_pass(name, type_, json)
+        return
+    registry = Registry(code="run" if allow_code else "read")
+    described = describe_pass(registry, name, find_code(name, Path.cwd()))
     if json:
         print_json(described.model_dump(mode="json"))
     elif described.problem is not None:
         raise PipelineError(f"{name}, from {described.origin}, cannot be used: {described.problem}")
     else:
         _print_pass(described, console())
+
+
+def show_further_pass(catalogue: str, name: str, json: bool) -> None:
+    """Print a pass of another project, with its parameters."""
+    from rich.markup import escape
+
+    from pipeline.cli.output import console, print_json
+    from pipeline.further_passes import further_pass
+
+    found, output = further_pass(catalogue, name), console()
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    output.print(f"[bold]{escape(found.name)}[/], which {escape(catalogue)} runs")
+    output.print(escape(f"takes {found.takes}, yields {found.yields}"))
+    output.print("it can run here" if found.runs_here else escape(f"it cannot run here: {found.needs}"))
+    output.print()
+    if found.parameters is None:
+        output.print("its parameters are not known: its packages are not installed")
+    else:
+        _print_parameters(found.parameters, output)
 
 
 @app.command("new")
@@ -127,15 +163,16 @@ def new_verb(
 
 
 def _print_pass(d: PassDescription, output: Console) -> None:
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     output.print(f"[bold]{d.name}[/] (version {d.version}, from {escape(d.origin)})")
     output.print(escape(d.documentation))
     output.print()
     inputs = f", and in `inputs` {' and '.join(d.roles)}" if d.roles else ""
     output.print(escape(f"takes {' or '.join(d.accepts)}{inputs}, yields {d.produces}"))
+    if d.is_known_by_text:
+        output.print("its code was not run: what it needs and its parameters are seen with --allow-code")
+        return
     output.print(escape(f"needs {_needs(d)}"))
     for other, reason in d.comes_before.items():
         output.print(escape(f"comes before {other}: {reason}"))
@@ -146,13 +183,21 @@ def _print_pass(d: PassDescription, output: Console) -> None:
     if not d.deterministic:
         output.print("two runs of it differ: the first result that is stored stands")
     output.print()
-    if not d.parameters:
+    _print_parameters(d.parameters, output)
+
+
+def _print_parameters(parameters: Sequence[Parameter], output: Console) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not parameters:
         output.print("it has no parameters")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("parameter", "type", "default", "description"):
         table.add_column(column, overflow="fold")
-    for p in d.parameters:
+    for p in parameters:
         table.add_row(p.name, escape(p.type), escape(p.default), escape(p.description))
     output.print(table)
 

@@ -9,6 +9,8 @@ import typer
 from pipeline.cli.options import JsonOption
 
 if TYPE_CHECKING:
+    from pipeline.file_pass import CodeFile
+    from pipeline.plugin import Registry
     from pipeline.testing import Findings
 
 STAGE_FAILED, HOST_LACKS = 3, 4
@@ -16,7 +18,9 @@ COLOURS = {"passed": "green", "warning": "yellow", "failed": "red", "skipped": "
 
 
 def check_verb(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A pass's name.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A pass's name; or ./FILE.py:CLASS, below this folder: its code runs.")
+    ],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PARAMETER=VALUE", help="A parameter, e.g. bits=8. May be repeated."),
@@ -51,12 +55,15 @@ def check_verb(
     from pathlib import Path
 
     from pipeline.cli.output import print_json
+    from pipeline.file_pass import find_code
     from pipeline.plugin import Registry
     from pipeline.testing import check_pass
     from pipeline.testing.conformance import examples_of
 
-    registry = Registry()
-    registry.info(name)
+    registry = Registry(code="run")
+    code = find_code(name, Path.cwd())
+    if code is None:
+        registry.info(name)
     own: dict[str, Any] = {
         "params": None if set_ is None else {key: _yaml(value) for key, value in map(_pair, set_)},
         "after": None if after is None else [_entry(text) for text in after],
@@ -64,7 +71,7 @@ def check_verb(
         "tolerance": tolerance or None,
     }
     told = any(value is not None for key, value in own.items() if key != "tolerance")
-    examples = [None] if told else _examples(registry, name, examples_of)
+    examples = [None] if told else _examples(registry, name, code, examples_of)
     with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
         found = [
             check_pass(name, **own, example=example, skip=skip or (), timeout_s=timeout, workspace=Path(folder))
@@ -80,11 +87,11 @@ def check_verb(
     return HOST_LACKS if any(f.host_lacks for f in found) else 0
 
 
-def _examples(registry: Any, name: str, examples_of: Any) -> list[Any]:
+def _examples(registry: Registry, name: str, code: CodeFile | None, examples_of: Any) -> list[Any]:
     from pipeline.errors import PipelineError
 
     try:
-        return list(examples_of(registry.load(name)))
+        return list(examples_of(registry.load(name, code)))
     except PipelineError:  # it cannot be imported, which is what the check then says
         return [None]
 

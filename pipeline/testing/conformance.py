@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.artifact import Artifact, Manifest, canonical_json
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.execute import StageResult, Watch
+from pipeline.file_pass import find_code
 from pipeline.files import sha256_of
 from pipeline.measure.effect import ComparisonError, Origin, compare_artifacts, with_rules
 from pipeline.measure.process import StartWorker
@@ -77,8 +78,9 @@ def check_pass(
 ) -> Findings:
     """Try a pass on a small Llama, in worker processes and stores of its own, and say what was found.
 
-    `given` is the name of an installed pass, or its class. What is not given of `params`, `after`, `inputs` and
-    `tolerance` is taken from `example`, by default the pass's first; see `Example`. `skip` names checks to leave out.
+    `given` is the name of an installed pass, or its class, or `./FILE.py:CLASS` below this process's folder. What is
+    not given of `params`, `after`, `inputs` and `tolerance` is taken from `example`, by default the pass's first; see
+    `Example`. `skip` names checks to leave out.
     `timeout_s` is how long a run of the pass may take. `workspace` is a folder that checks may share, in which what
     comes before passes is made once. `start_worker` starts the processes that score models; default: as a run does.
 
@@ -86,12 +88,13 @@ def check_pass(
     """
     if unknown := set(skip) - CHECKS.keys():
         raise RecipeError(f"unknown checks {_listed(sorted(unknown))}", hint=f"checks: {', '.join(CHECKS)}")
-    registry = Registry()
+    registry = Registry(code="run")
     name = given if isinstance(given, str) else given.name
-    origin = registry.info(name).origin
+    code = find_code(name, Path.cwd())
+    origin = registry.info(name).origin if code is None else code.path
     began = time.monotonic()
     try:
-        found = registry.load(name)
+        found = registry.load(name, code)
     except PipelineError as error:
         return _nothing_but(name, origin, "declarations", str(error))
     if not isinstance(given, str) and found is not given:
@@ -111,6 +114,7 @@ def check_pass(
         trial = _Trial(
             found,
             chosen,
+            pass_name=name,
             workspace=Workspace(workspace or Path(folder) / "shared"),
             folder=Path(folder),
             skip=skip,
@@ -156,6 +160,7 @@ class _Trial:
         found: type[Pass],
         example: Example,
         *,
+        pass_name: str,
         workspace: Workspace,
         folder: Path,
         skip: Collection[str],
@@ -164,6 +169,7 @@ class _Trial:
     ) -> None:
         self.found = found
         self.example = example
+        self.pass_name = pass_name
         self.workspace = workspace
         self.folder = folder
         self.timeout_s = timeout_s
@@ -220,7 +226,7 @@ class _Trial:
         """The recipe's entries, the pass itself the last."""
         own = {
             **(self.example.params if params is None else params),
-            "pass": self.found.name,
+            "pass": self.pass_name,
             "name": CHECKED,
             "timeout_s": self.timeout_s,
         }

@@ -95,7 +95,8 @@ class Watcher:
     def __init__(self, request: Request, folder: Path) -> None:
         self.seen: dict[str, dict[str, str]] = {kind: {} for kind in (ENVIRONMENT, FILES, LIBRARIES, WRITES, FACETS)}
         self.active = True
-        self._package = Registry().info(request.pass_name).entry_point.module.partition(".")[0]
+        module = request.code.module if request.code else Registry().info(request.pass_name).entry_point.module
+        self._package = module.partition(".")[0]
         self._staging = os.path.realpath(folder)
         self._files, self._folders = _given(request)
         self._folders |= {self._staging, *SYSTEM, *_installation(), *_own_files(self._package)}

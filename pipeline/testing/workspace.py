@@ -79,7 +79,7 @@ class Workspace:
             self.recipe(entries, model),
             source=self.source(model),
             store=self.store,
-            registry=Registry(),
+            registry=Registry(code="run"),
             profile=self.profile,
             host=self.host,
         )

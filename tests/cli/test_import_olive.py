@@ -132,6 +132,32 @@ def test_a_file_that_is_not_there(cli: Cli) -> None:
     assert "cannot be read" in done.err
 
 
+def test_one_of_its_passes_is_shown_with_its_parameters(cli: Cli) -> None:
+    code, out, _ = cli("passes", "show", "olive", "--type", "OnnxBlockWiseRtnQuantization", "--json")
+    found = json.loads(out)
+    assert (code, found["takes"], found["yields"]) == (0, "onnx", "onnx")
+    parameters = {p["name"]: p for p in found["parameters"]}
+    assert (parameters["block_size"]["type"], parameters["block_size"]["default"]) == ("integer", "128")
+    assert "user_script" not in parameters
+    code, out, _ = cli("passes", "show", "olive", "--type", "GraphSurgeries")
+    assert code == 0
+    assert "it can run here" in out
+    assert "required" in next(line for line in out.splitlines() if line.startswith("surgeries"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["olive", "--type", "OnnxPeepholeOptimiser"], "did you mean 'OnnxPeepholeOptimizer'?"),
+        (["export_onnx", "--type", "X"], "no installed package has a catalogue of passes named 'export_onnx'"),
+    ],
+)
+def test_a_type_that_is_not_there_is_told(cli: Cli, arguments: list[str], told: str) -> None:
+    code, out, err = cli("passes", "show", *arguments)
+    assert code != 0
+    assert told in " ".join((out + err).split())
+
+
 def test_the_catalogue_is_listed(cli: Cli) -> None:
     done = cli("passes", "list", "--olive")
     assert done.code == 0

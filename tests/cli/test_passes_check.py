@@ -37,6 +37,90 @@ def test_what_the_host_lacks_ends_with_its_own_code(cli: Cli, no_gpu: None) -> N
     assert "needs a CUDA GPU and this host has none" in " ".join(out.split())
 
 
+IN_A_FILE = """
+from pipeline import Artifact, Field, Pass, PassParams
+
+print("it was run")
+
+
+class MarkIt(Pass):
+    \"""Set a key of the execution block.\"""
+
+    name, version = "mark_it", 3
+    accepts, produces = {"torch"}, "torch"
+
+    class Params(PassParams):
+        value: int = Field(1, ge=0, description="what the key is set to")
+
+    def run(self, artifact, params, context):
+        READ
+        execution = {**artifact.manifest.execution, "mark": params.value}
+        return Artifact(artifact.manifest.model_copy(update={"execution": execution}), artifact.blobs)
+"""
+
+
+@pytest.fixture
+def in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mark.py"
+    file.write_text(IN_A_FILE.replace("READ", "pass"))
+    return file
+
+
+def test_a_pass_in_a_file_is_checked_as_an_installed_one_is(cli: Cli, in_a_file: Path) -> None:
+    code, out, _ = cli("passes", "check", "./mark.py:MarkIt", "--skip", "tolerance", "--json")
+    (found,) = json.loads(out.replace("it was run\n", ""))
+    assert (code, found["ok"], found["origin"]) == (0, True, str(in_a_file)), found
+    assert {f["outcome"] for f in found["findings"] if f["check"] != "tolerance"} == {"passed"}, found
+    assert not in_a_file.with_name("__pycache__").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("import os; os.environ.get('NEVER_SAID')", "NEVER_SAID (mark.py:17)"),
+        ("open('/etc/hostname').read()", "/etc/hostname (mark.py:17)"),
+    ],
+)
+def test_what_a_pass_in_a_file_reads_beside_its_key_is_seen(cli: Cli, in_a_file: Path, line: str, told: str) -> None:
+    in_a_file.write_text(IN_A_FILE.replace("READ", line))
+    skipped = [argument for check in ("tolerance", "odd_model", "determinism") for argument in ("--skip", check)]
+    code, out, _ = cli("passes", "check", "./mark.py:MarkIt", *skipped, "--json")
+    (found,) = json.loads(out.replace("it was run\n", ""))
+    assert code == 3
+    assert [f["check"] for f in found["findings"] if f["outcome"] == "failed"] == ["reads"]
+    assert told in next(f["message"] for f in found["findings"] if f["check"] == "reads")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("./mark.py:MarkId", "did you mean 'MarkIt'?"),
+        ("../mark.py:MarkIt", "lies outside the folder"),
+        ("./no_such.py:MarkIt", "cannot be read: No such file"),
+        ("./mark.py", "write ./FILE.py:CLASS"),
+    ],
+)
+def test_a_pass_in_a_file_that_is_not_there_is_told(cli: Cli, in_a_file: Path, name: str, told: str) -> None:
+    for verb in ("check", "show"):
+        code, out, err = cli("passes", verb, name)
+        assert code != 0
+        assert told in " ".join((out + err).split())
+
+
+def test_a_pass_in_a_file_is_shown_by_its_text_unless_its_code_is_allowed(cli: Cli, in_a_file: Path) -> None:
+    in_a_file.write_text(in_a_file.read_text() + "# no other test has run this\n")
+    code, out, _ = cli("passes", "show", "./mark.py:MarkIt")
+    assert code == 0
+    assert "it was run" not in out
+    assert "Set a key of the execution block." in out
+    assert f"(version 3, from {in_a_file})" in out.replace("\n", "")
+    assert "takes torch, yields torch" in out
+    assert "its code was not run" in out
+    code, out, _ = cli("passes", "show", "./mark.py:MarkIt", "--allow-code")
+    assert (code, "it was run" in out, "what the key is set to" in out) == (0, True, True)
+
+
 def test_what_comes_before_and_what_is_read_besides_can_be_told(cli: Cli) -> None:
     arguments = ["--after", "{pass: mark, name: first}", "--after", "write", "--input", "other=first"]
     code, out, _ = cli("passes", "check", "combine", *arguments, "--skip", "tolerance", "--json")
