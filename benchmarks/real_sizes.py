@@ -27,7 +27,8 @@ What recipes for models of a billion parameters and more took and gave on a mach
 reports say it; `python benchmarks/real_sizes.py RUN …` writes this page from them. Memory is what is anonymous or
 shared, of all processes, at its highest; files that are only mapped do not count. Speeds are tokens per second with
 95 % intervals. A dash stands where nothing was measured, as with `measure: false`. The model of 1.1 billion parameters
-beside other tools: [peers](peers.md)."""
+beside other tools: [peers](peers.md). `python benchmarks/export_tracing.py` shows what tracing takes and what is saved
+of it, `python benchmarks/loading.py RUN STAGE …` what loading takes, several times over."""
 
 
 def page(reports: list[Report]) -> str:

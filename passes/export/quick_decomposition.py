@@ -7,6 +7,7 @@ layers, tracing them anew was half of the export's time. A program that has any 
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,19 +17,29 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
+logger = logging.getLogger("pipeline.pass.export_onnx")
+
 NOTHING = object()
 """What stands for an operator whose output is its input."""
 
 
 @contextmanager
 def by_looking() -> Iterator[None]:
-    """Within, torch.onnx.export takes programs apart as above where it can."""
-    from torch.onnx._internal.exporter import _decomp, _fx_passes
-    from torch.onnx._internal.fx.passes import type_promotion
+    """Within, torch.onnx.export takes programs apart as above where it can.
 
-    original = _fx_passes.decompose_with_registry
-    promoter = type_promotion._TypePromotionInterpreter
-    promote = promoter.run_node
+    What is replaced is not torch's public interface: in a torch that has it otherwise, all is as torch does it.
+    """
+    try:
+        from torch.onnx._internal.exporter import _decomp, _fx_passes
+        from torch.onnx._internal.fx.passes import type_promotion
+
+        original = _fx_passes.decompose_with_registry
+        promoter = type_promotion._TypePromotionInterpreter
+        promote = promoter.run_node
+    except (ImportError, AttributeError) as error:
+        logger.info("exporting takes longer with this torch: %s", error)
+        yield
+        return
 
     def decompose(program: ExportedProgram, registry: Any) -> ExportedProgram:
         if take_apart(program, set(_decomp.get_onnx_implemented_overloads(registry))):

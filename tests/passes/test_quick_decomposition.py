@@ -151,6 +151,14 @@ def test_the_graph_of_a_model_has_the_operators_that_torchs_own_export_gives(
     assert quick == operators()
 
 
+def test_a_torch_that_has_it_otherwise_exports_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    monkeypatch.delattr(type_promotion, "_TypePromotionInterpreter")
+    with by_looking():
+        assert not hasattr(type_promotion, "_TypePromotionInterpreter")
+
+
 def test_torch_is_as_it_was_afterwards() -> None:
     from torch.onnx._internal.exporter import _fx_passes
     from torch.onnx._internal.fx.passes import type_promotion
