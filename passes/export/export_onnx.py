@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+logger = logging.getLogger("pipeline.pass.export_onnx")
+
 KEPT_METADATA = ("pkg.torch.onnx.class_hierarchy", "pkg.torch.onnx.name_scopes")
 """What stays of the exporter's notes on a node: the modules it comes from. The rest names files of this machine."""
 
@@ -191,15 +193,12 @@ def trace(artifact: Artifact, opset: int, *, cache: bool = True) -> tuple[ir.Mod
             arguments = (torch.zeros(BATCH, SEQUENCE, dtype=torch.int64),)
             dimensions = ({0: "batch", 1: "sequence"},)
             take_tokens_alone(model, positions=True)
-        with _quiet(), by_looking():
+        with _quiet():
             try:
-                program = torch.onnx.export(
+                program = _exported(
                     model.module,
                     arguments,
-                    dynamo=True,
                     opset_version=opset,
-                    optimize=False,
-                    verbose=False,
                     input_names=list(interface.inputs.values()),
                     output_names=list(interface.outputs.values()),
                     dynamic_shapes=dimensions,
@@ -216,6 +215,21 @@ def trace(artifact: Artifact, opset: int, *, cache: bool = True) -> tuple[ir.Mod
     _release_fakes(graph, model.sources)
     _name_dimensions(graph, interface)
     return graph, interface, model.sources
+
+
+def _exported(module: torch.nn.Module, arguments: tuple[Any, ...], **options: Any) -> torch.onnx.ONNXProgram:
+    """What torch.onnx.export gives, sooner where that can be had. Raises whatever it does."""
+    import torch
+
+    fixed = {"dynamo": True, "optimize": False, "verbose": False}
+    with by_looking() as looking:
+        try:
+            return torch.onnx.export(module, arguments, **fixed, **options)
+        except Exception as error:
+            if not looking.taken_apart:
+                raise
+            logger.info("exported again, all of it by torch: %s", first_cause(error))
+    return torch.onnx.export(module, arguments, **fixed, **options)
 
 
 def simplify(model: ir.Model) -> None:
@@ -267,8 +281,8 @@ def number_anew(model: ir.Model, keep: Collection[str]) -> None:
     """Number what torch numbered (`val_84`, `node_Transpose_84`) in the order of the graph that is left.
 
     torch counts what it traced, of which much is folded away, and how much that was depends on the libraries that are
-    loaded beside it: the same graph would be other bytes. The graph's inputs and outputs, and initializers in `keep`,
-    have their names from the model.
+    loaded beside it: the same graph would be other bytes. What keeps its name: inputs and outputs, and initializers in
+    `keep`, whose names are the model's.
     """
     outer = model.graph
     fixed = {value for graph in model.graphs() for value in [*graph.inputs, *graph.outputs]}
@@ -285,6 +299,7 @@ def number_anew(model: ir.Model, keep: Collection[str]) -> None:
             found = f"{kind}_{counts[kind]}" if counts[kind] else kind
             counts[kind] += 1
             if found not in taken:
+                taken.add(found)
                 return found
 
     nodes = [node for graph in model.graphs() for node in graph]
@@ -295,6 +310,7 @@ def number_anew(model: ir.Model, keep: Collection[str]) -> None:
     for value in initializers:
         outer.initializers[str(value.name)] = value
     counts.clear()
+    taken.clear()
     for node in nodes:
         node.name = numbered(node.name or node.op_type)
 

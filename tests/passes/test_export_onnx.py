@@ -181,7 +181,7 @@ class TestTheArtifact:
         assert all(set(props) == set(KEPT_METADATA) for props in scopes)
         assert "'model.layers.1.self_attn'" in scopes[1]["pkg.torch.onnx.name_scopes"]
 
-    @pytest.mark.parametrize("shift", [0, 1, 7, 1000])
+    @pytest.mark.parametrize("shift", [1, 7, 1000])
     def test_is_the_same_bytes_whatever_numbers_torch_had_reached(self, shift):
         """What torch folds away is counted, and which libraries are loaded decides how much that is."""
 
@@ -215,6 +215,22 @@ class TestTheArtifact:
         ]
         assert list(first.graph.initializers) == ["val", "cos_1", "val_1", "val_3"]
         assert [value.name for value in (*first.graph.inputs, *first.graph.outputs)] == ["val_2", "logits_5"]
+
+    def test_no_two_values_are_numbered_alike(self):
+        names = ["tmp_1", "tmp_2", "tmp_1_2", "tmp", "tmp_1_3", "tmp_5_5"]
+        first = ir.Value(name="tokens", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.FLOAT))
+        nodes: list[ir.Node] = []
+        for name in names:
+            nodes.append(ir.node("Abs", [nodes[-1].outputs[0] if nodes else first], name=f"node_{name}"))
+            nodes[-1].outputs[0].name = name
+        kept = [ir.Value(name=f"tmp_{n}_1", const_value=ir.tensor(np.ones(n, np.int64))) for n in (1, 2)]
+        last = ir.node("Abs", [nodes[-1].outputs[0]], name="last")
+        last.outputs[0].name = "logits"
+        graph = ir.Graph([first], last.outputs, nodes=[*nodes, last], initializers=kept)
+        number_anew(ir.Model(graph, ir_version=10), keep={})
+        found = [node.outputs[0].name for node in graph] + list(graph.initializers)
+        assert len(set(found)) == len(found) == len(names) + 3
+        assert len({node.name for node in graph}) == len(names) + 1
 
     @pytest.mark.slow
     def test_is_the_same_bytes_in_another_process(self, exported_llama, llama_folder, tmp_path):

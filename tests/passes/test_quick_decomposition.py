@@ -11,7 +11,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch.onnx._internal.exporter import _decomp, _registration
 
 from passes.export import export_onnx, quick_decomposition
 from passes.export.quick_decomposition import by_looking, take_apart
@@ -56,11 +55,21 @@ BY_LOOKING: dict[str, Callable[..., Any]] = {
     "an output that nothing changed": lambda self, x: (x.to(torch.float32), x.detach() * 2),
     "whole numbers and a fraction": lambda self, x: x.long() * 0.5 + torch.arange(3),
     "half and single precision": lambda self, x: x.half() + self.scale,
+    "chunks": lambda self, x: torch.cat(list(torch.cat([x, x], -1).chunk(2, -1))[::-1], -1),
+    "chunks of which the last is smaller": lambda self, x: torch.cat([x, x], -1)[:, :5].chunk(2, 1)[1],
+    "one chunk": lambda self, x: x.chunk(1, -1)[0] * 2,
+    "nothing dropped out": lambda self, x: torch.nn.functional.dropout(x, 0.5, training=False) * 2,
     "a mean of squares": lambda self, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
-    "reshaped": lambda self, x: torch.cat([x, x], -1).reshape(x.shape[0], 2, 3).transpose(0, 1).flatten(1).unbind(0)[1],
+    "reshaped": lambda self, x: (
+        torch.cat([x, x], -1).reshape(x.shape[0], 2, 3).transpose(0, 1).reshape(2, -1).unbind(0)[1]
+    ),
 }
 
 BY_TORCH: dict[str, Callable[..., Any]] = {
+    "a part counted from the end": lambda self, x: x.narrow(1, -2, 2),
+    "broadcast": lambda self, x: x[None].broadcast_to(2, -1, 3),
+    "flattened": lambda self, x: torch.cat([x[None], x[None]]).flatten(),
+    "dropped out": lambda self, x: torch.nn.functional.dropout(x, 0.0, training=True),
     "an operator that ONNX does not have": lambda self, x: torch.nan_to_num(x.square()),
     "a write in place": lambda self, x: (x * 2).add_(1.0),
     "a part that is written": lambda self, x: _write_first(x.clone()),
@@ -120,13 +129,29 @@ def test_computes_what_torch_and_its_own_export_do(name: str, looks: list[bool])
             np.testing.assert_allclose(a, c.detach().numpy(), rtol=2e-3 if "half" in name else 1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_TORCH)
-def test_a_program_that_is_left_to_torch_is_as_it_was(name: str) -> None:
-    program = torch.export.export(Module(BY_TORCH[name]), (torch.randn(4, 3),), strict=False)
-    before = str(program)
-    known = set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
-    assert not take_apart(program, known)
-    assert str(program) == before
+def test_a_program_that_is_left_to_torch_is_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def look(program: Any, known: set[Any]) -> bool:
+        before = str(program)
+        assert not take_apart(program, known)
+        seen.append(str(program) == before)
+        return False
+
+    monkeypatch.setattr(quick_decomposition, "take_apart", look)
+    exported(BY_TORCH[name], looking=True)
+    assert seen == [True]
+
+
+def test_what_cannot_be_written_after_all_is_exported_again_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = BY_TORCH["an operator that ONNX does not have"]
+    monkeypatch.setattr(quick_decomposition, "take_apart", lambda *given: True)
+    options = {"opset_version": 23, "dynamic_shapes": ({0: "rows"},)}
+    made = export_onnx._exported(Module(function).eval(), (torch.randn(4, 3),), **options)
+    x = torch.randn(2, 3)
+    np.testing.assert_allclose(outputs(made, x)[0], function(None, x).numpy(), rtol=1e-5)
 
 
 def test_as_many_casts_are_inserted_as_torch_inserts() -> None:
@@ -152,11 +177,14 @@ def test_the_graph_of_a_model_has_the_operators_that_torchs_own_export_gives(
 
 
 def test_a_torch_that_has_it_otherwise_exports_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.exporter import _fx_passes
     from torch.onnx._internal.fx.passes import type_promotion
 
-    monkeypatch.delattr(type_promotion, "_TypePromotionInterpreter")
-    with by_looking():
-        assert not hasattr(type_promotion, "_TypePromotionInterpreter")
+    monkeypatch.delattr(type_promotion._TypePromotionInterpreter, "_maybe_promote_node")
+    before = _fx_passes.decompose_with_registry, type_promotion._TypePromotionInterpreter.run_node
+    with by_looking() as looking:
+        assert before == (_fx_passes.decompose_with_registry, type_promotion._TypePromotionInterpreter.run_node)
+    assert not looking.taken_apart
 
 
 def test_torch_is_as_it_was_afterwards() -> None:

@@ -267,7 +267,6 @@ def test_a_cuda_device_without_cuda_is_the_host_s_fault(artifact: Artifact) -> N
 def test_cuda_that_does_not_start_is_the_host_s_fault_and_nothing_runs_on_the_cpu(artifact: Artifact) -> None:
     code = f"""
 from pathlib import Path
-from typing import Any
 from pipeline.artifact import Artifact, Manifest
 from pipeline.errors import HostError
 from pipeline.runtime import ExecutionSpec, load_runner
@@ -304,7 +303,6 @@ def test_loading_a_model_starts_no_telemetry(artifact: Artifact) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from typing import Any
 from pipeline.artifact import Artifact, Manifest
 from pipeline.runtime import ExecutionSpec, load_runner
 manifest = Manifest.model_validate_json({artifact.manifest.model_dump_json()!r})
