@@ -10,6 +10,7 @@ import ast
 import hashlib
 import re
 import sys
+from collections.abc import Callable
 from importlib.abc import SourceLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path, PurePosixPath
@@ -21,8 +22,18 @@ from pipeline.errors import Location, PipelineError, RecipeError, did_you_mean
 FILE_PASS = r"^[^:]*\.py:[A-Za-z_][A-Za-z0-9_]*$"
 """What `pass` says where the pass is in a file."""
 
-SAID = ("name", "version", "accepts", "produces")
-"""What is read from the text of a class that is not run."""
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, set | frozenset | tuple | list) and all(isinstance(name, str) for name in value)
+
+
+SAID: dict[str, Callable[[Any], bool]] = {
+    "name": lambda value: isinstance(value, str),
+    "version": lambda value: type(value) is int,
+    "accepts": _are_names,
+    "produces": lambda value: isinstance(value, str),
+}
+"""What is read from the text of a class that is not run, and what it has to be."""
 
 
 class CodeFile(Frozen):
@@ -48,8 +59,10 @@ def names_file(pass_name: str) -> bool:
     return ".py:" in pass_name or "/" in pass_name or pass_name.endswith(".py")
 
 
-def find_code(pass_name: str, folder: Path) -> CodeFile | None:
+def find_code(pass_name: str, folder: Path, *, named_by: str = "the recipe that names it") -> CodeFile | None:
     """The file that `pass_name` means, which lies below `folder`; None where it names a registered pass.
+
+    `named_by` says whose folder that is.
 
     Raises: RecipeError where there is no such file, or it lies elsewhere.
     """
@@ -62,7 +75,7 @@ def find_code(pass_name: str, folder: Path) -> CodeFile | None:
     path = (home / given).resolve()
     if given.is_absolute() or ".." in given.parts or not path.is_relative_to(home):
         raise RecipeError(
-            f"{name} lies outside the folder of the recipe that names it, {home}",
+            f"{name} lies outside the folder of {named_by}, {home}",
             hint="a pass in a file lies below that folder; one for several recipes is best made a package: "
             "`pipeline passes new NAME`",
         )
@@ -94,12 +107,19 @@ def read_class(code: CodeFile) -> dict[str, Any]:
     said: dict[str, Any] = {"__doc__": ast.get_docstring(found)}
     for statement in found.body:
         for name, value in _assigned(statement):
-            if name in SAID:
-                try:
-                    said[name] = ast.literal_eval(value)
-                except ValueError:  # it is computed
-                    continue
+            if name in SAID and (literal := _literal(value)) is not None and SAID[name](literal):
+                said[name] = literal
     return said
+
+
+def _literal(value: ast.expr) -> Any:
+    """The value of a literal, or of `frozenset` or `set` of one; None where it is computed."""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in ("frozenset", "set"):
+        value = value.args[0] if len(value.args) == 1 and not value.keywords else value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, TypeError):  # a set of lists is no set
+        return None
 
 
 def _assigned(statement: ast.stmt) -> list[tuple[str, ast.expr]]:

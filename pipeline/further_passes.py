@@ -46,12 +46,11 @@ def further_pass(catalogue: str, name: str) -> FurtherPass:
     Raises: RecipeError where it has none of that name; PipelineError as above.
     """
     entries = _entries_of(catalogue)
-    found = next(iter(entries(named=name)), None)
+    found: FurtherPass | None = next((entry for entry in entries(named=name) if entry.name == name), None)
     if found is None:
         names = [entry.name for entry in entries()]
         raise RecipeError(f"{catalogue} runs no pass named {name!r}", hint=did_you_mean(name, names, noun="types"))
-    entry: FurtherPass = found
-    return entry
+    return found
 
 
 def _entries_of(catalogue: str) -> Any:

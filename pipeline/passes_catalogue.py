@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from inspect import cleandoc
 from typing import Any
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from pipeline.artifact import Frozen
 from pipeline.errors import PipelineError
 from pipeline.file_pass import CodeFile
-from pipeline.plugin import Registry, Requires, UnreadPass
+from pipeline.plugin import Pass, Registry, Requires, UnreadPass
 
 
 class Parameter(Frozen):
@@ -64,18 +65,17 @@ def describe_pass(registry: Registry, name: str, code: CodeFile | None = None) -
     except Exception as error:  # a stranger's parameters may have no schema, or raise anything
         reason = str(error).partition("\n")[0]
         return PassDescription(name=name, origin=origin, problem=f"its parameters cannot be put into JSON: {reason}")
-    accepts, produces, version = getattr(found, "accepts", ()), getattr(found, "produces", None), found.version
-    if unread := issubclass(found, UnreadPass):
-        (accepts, produces), version = found.formats(found.Params()), found.said.get("version", version)
+    unread = issubclass(found, UnreadPass)
+    said: dict[str, Any] = found.said if issubclass(found, UnreadPass) else dict(_declared(found))
     return PassDescription(
         name=name,
         origin=origin,
         is_known_by_text=unread,
         summary=found.summary(),
         documentation=cleandoc(found.__doc__ or ""),
-        version=version,
-        accepts=tuple(sorted(accepts)),
-        produces=produces,
+        version=said.get("version"),
+        accepts=tuple(sorted(said.get("accepts", ()))),
+        produces=said.get("produces"),
         libraries=tuple(found.libraries),
         depends_on=tuple(found.depends_on),
         requires=found.requires,
@@ -85,6 +85,12 @@ def describe_pass(registry: Registry, name: str, code: CodeFile | None = None) -
         deterministic=found.deterministic,
         parameters=parameters,
     )
+
+
+def _declared(found: type[Pass]) -> Iterator[tuple[str, Any]]:
+    for name in ("version", "accepts", "produces"):
+        if hasattr(found, name):
+            yield name, getattr(found, name)
 
 
 def describe_fields(model: type[BaseModel]) -> list[Parameter]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,7 +116,8 @@ def show_verb(
         show_further_pass(name, type_, json)
         return
     registry = Registry(code="run" if allow_code else "read")
-    described = describe_pass(registry, name, find_code(name, Path.cwd()))
+    with redirect_stdout(sys.stderr):  # a file may print when it is imported
+        described = describe_pass(registry, name, find_code(name, Path.cwd(), named_by="this command"))
     if json:
         print_json(described.model_dump(mode="json"))
     elif described.problem is not None:
@@ -165,11 +168,13 @@ def new_verb(
 def _print_pass(d: PassDescription, output: Console) -> None:
     from rich.markup import escape
 
-    output.print(f"[bold]{d.name}[/] (version {d.version}, from {escape(d.origin)})")
+    version = "of unknown version" if d.version is None else f"version {d.version}"
+    output.print(f"[bold]{escape(d.name)}[/] ({version}, from {escape(d.origin)})")
     output.print(escape(d.documentation))
     output.print()
     inputs = f", and in `inputs` {' and '.join(d.roles)}" if d.roles else ""
-    output.print(escape(f"takes {' or '.join(d.accepts)}{inputs}, yields {d.produces}"))
+    unknown = "what only its code says"
+    output.print(escape(f"takes {' or '.join(d.accepts) or unknown}{inputs}, yields {d.produces or unknown}"))
     if d.is_known_by_text:
         output.print("its code was not run: what it needs and its parameters are seen with --allow-code")
         return
@@ -198,7 +203,7 @@ def _print_parameters(parameters: Sequence[Parameter], output: Console) -> None:
     for column in ("parameter", "type", "default", "description"):
         table.add_column(column, overflow="fold")
     for p in parameters:
-        table.add_row(p.name, escape(p.type), escape(p.default), escape(p.description))
+        table.add_row(escape(p.name), escape(p.type), escape(p.default), escape(p.description))
     output.print(table)
 
 

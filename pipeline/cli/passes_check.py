@@ -51,7 +51,9 @@ def check_verb(
 
     Without --set, --after and --input it is tried as it says itself, in its `examples`.
     """
+    import sys
     import tempfile
+    from contextlib import redirect_stdout
     from pathlib import Path
 
     from pipeline.cli.output import print_json
@@ -61,7 +63,7 @@ def check_verb(
     from pipeline.testing.conformance import examples_of
 
     registry = Registry(code="run")
-    code = find_code(name, Path.cwd())
+    code = find_code(name, Path.cwd(), named_by="this command")
     if code is None:
         registry.info(name)
     own: dict[str, Any] = {
@@ -71,8 +73,10 @@ def check_verb(
         "tolerance": tolerance or None,
     }
     told = any(value is not None for key, value in own.items() if key != "tolerance")
-    examples = [None] if told else _examples(registry, name, code, examples_of)
-    with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
+    with redirect_stdout(sys.stderr):
+        examples = [None] if told else _examples(registry, name, code, examples_of)
+    # a file may print when it is imported
+    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="conformance-") as folder:
         found = [
             check_pass(name, **own, example=example, skip=skip or (), timeout_s=timeout, workspace=Path(folder))
             for example in examples

@@ -69,7 +69,7 @@ def in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_pass_in_a_file_is_checked_as_an_installed_one_is(cli: Cli, in_a_file: Path) -> None:
     code, out, _ = cli("passes", "check", "./mark.py:MarkIt", "--skip", "tolerance", "--json")
-    (found,) = json.loads(out.replace("it was run\n", ""))
+    (found,) = json.loads(out)
     assert (code, found["ok"], found["origin"]) == (0, True, str(in_a_file)), found
     assert {f["outcome"] for f in found["findings"] if f["check"] != "tolerance"} == {"passed"}, found
     assert not in_a_file.with_name("__pycache__").exists()
@@ -86,7 +86,7 @@ def test_what_a_pass_in_a_file_reads_beside_its_key_is_seen(cli: Cli, in_a_file:
     in_a_file.write_text(IN_A_FILE.replace("READ", line))
     skipped = [argument for check in ("tolerance", "odd_model", "determinism") for argument in ("--skip", check)]
     code, out, _ = cli("passes", "check", "./mark.py:MarkIt", *skipped, "--json")
-    (found,) = json.loads(out.replace("it was run\n", ""))
+    (found,) = json.loads(out)
     assert code == 3
     assert [f["check"] for f in found["findings"] if f["outcome"] == "failed"] == ["reads"]
     assert told in next(f["message"] for f in found["findings"] if f["check"] == "reads")
@@ -96,7 +96,7 @@ def test_what_a_pass_in_a_file_reads_beside_its_key_is_seen(cli: Cli, in_a_file:
     ("name", "told"),
     [
         ("./mark.py:MarkId", "did you mean 'MarkIt'?"),
-        ("../mark.py:MarkIt", "lies outside the folder"),
+        ("../mark.py:MarkIt", "lies outside the folder of this command"),
         ("./no_such.py:MarkIt", "cannot be read: No such file"),
         ("./mark.py", "write ./FILE.py:CLASS"),
     ],
@@ -108,6 +108,22 @@ def test_a_pass_in_a_file_that_is_not_there_is_told(cli: Cli, in_a_file: Path, n
         assert told in " ".join((out + err).split())
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ('accepts, produces = frozenset({"torch"}), "onnx"', "takes torch, yields onnx"),
+        ('accepts = produces = "to" + "rch"', "takes what only its code says, yields what only its code says"),
+        ('accepts, produces = {["torch"]}, {"onnx"}', "takes what only its code says, yields what only its code says"),
+        ('version, produces = "1.2", "onnx"', "(of unknown version, from "),
+    ],
+)
+def test_of_a_pass_in_a_file_nothing_is_guessed(cli: Cli, in_a_file: Path, said: str, told: str) -> None:
+    in_a_file.write_text(f"class MarkIt:\n    {said}\n")
+    code, out, _ = cli("passes", "show", "./mark.py:MarkIt")
+    assert code == 0
+    assert told in " ".join(out.split())
+
+
 def test_a_pass_in_a_file_is_shown_by_its_text_unless_its_code_is_allowed(cli: Cli, in_a_file: Path) -> None:
     in_a_file.write_text(in_a_file.read_text() + "# no other test has run this\n")
     code, out, _ = cli("passes", "show", "./mark.py:MarkIt")
@@ -117,8 +133,8 @@ def test_a_pass_in_a_file_is_shown_by_its_text_unless_its_code_is_allowed(cli: C
     assert f"(version 3, from {in_a_file})" in out.replace("\n", "")
     assert "takes torch, yields torch" in out
     assert "its code was not run" in out
-    code, out, _ = cli("passes", "show", "./mark.py:MarkIt", "--allow-code")
-    assert (code, "it was run" in out, "what the key is set to" in out) == (0, True, True)
+    code, out, err = cli("passes", "show", "./mark.py:MarkIt", "--allow-code")
+    assert (code, "it was run" in err, "what the key is set to" in out) == (0, True, True)
 
 
 def test_what_comes_before_and_what_is_read_besides_can_be_told(cli: Cli) -> None:
