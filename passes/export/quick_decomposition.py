@@ -29,6 +29,7 @@ class Looking:
     """What became of the program."""
 
     taken_apart = False
+    """It was, or was begun to be."""
 
 
 @contextmanager
@@ -57,6 +58,7 @@ def by_looking() -> Iterator[Looking]:
         known = used & set(get_onnx_implemented_overloads(registry))
         # what is composite and never left whole by torch has a form in ONNX that nobody has tried
         composite = {target for target in known if _is_operator(target) and _is_cia_op(target)}
+        looking.taken_apart = True  # and stays so where that raises midway
         looking.taken_apart = take_apart(program, known - (composite - _collect_all_valid_cia_ops()))
         return program if looking.taken_apart else original(program, registry)
 

@@ -145,9 +145,16 @@ def test_a_program_that_is_left_to_torch_is_as_it_was(name: str, monkeypatch: py
     assert seen == [True]
 
 
-def test_what_cannot_be_written_after_all_is_exported_again_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def _raise(*given: Any) -> bool:
+    raise KeyError("val")
+
+
+@pytest.mark.parametrize("look", [lambda *given: True, _raise])
+def test_what_cannot_be_written_after_all_is_exported_again_by_torch(
+    look: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     function = BY_TORCH["an operator that ONNX does not have"]
-    monkeypatch.setattr(quick_decomposition, "take_apart", lambda *given: True)
+    monkeypatch.setattr(quick_decomposition, "take_apart", look)
     options = {"opset_version": 23, "dynamic_shapes": ({0: "rows"},)}
     made = export_onnx._exported(Module(function).eval(), (torch.randn(4, 3),), **options)
     x = torch.randn(2, 3)
